@@ -1,0 +1,52 @@
+"""What all backbones share: loading a pipeline safely, and the toy text encoder of their `tiny()`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from stepladder.errors import UserError
+
+
+def load_pipeline(kind: type[DiffusionPipeline], path: str | Path, **options: Any) -> DiffusionPipeline:
+    """`from_pretrained` with safetensors only and every network frozen in evaluation mode.
+
+    Raises:
+        UserError: weights are missing, truncated or pickled, or the folder's files do not fit together.
+    """
+    try:
+        pipeline = kind.from_pretrained(str(path), use_safetensors=True, torch_dtype=torch.float32, **options)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be loaded as {kind.__name__}: {first}; weights must be complete and safetensors") from error
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    return pipeline
+
+
+def tiny_clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
+    """A byte-level CLIP tokenizer and a two-layer text encoder with random weights, built offline."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=16)
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, CLIPTextModelWithProjection(config)

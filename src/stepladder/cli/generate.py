@@ -1,0 +1,51 @@
+"""`stepladder generate`: images from an exported student, its teacher, or both side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from stepladder.data.prompts import read_prompts
+from stepladder.errors import UserError
+from stepladder.evaluation.samplers import sample, student_samplers
+from stepladder.export import load_student, student_folder
+from stepladder.images import grid, save_image
+from stepladder.progress import console, progress_bar
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="a run's folder or an exported student")],
+    prompt: Annotated[list[str] | None, typer.Option(help="a prompt; may be given several times")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="a file of prompts")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the images")] = Path("images"),
+    sampler: Annotated[Literal["student", "teacher", "both"], typer.Option(help="who draws")] = "student",
+    seed: Annotated[int, typer.Option(help="seed of the first image; the next ones count up")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="images a prompt")] = 1,
+    teacher_steps: Annotated[int, typer.Option(min=1, help="steps of the teacher")] = 28,
+) -> None:
+    """Draw images as PNG.
+
+    Example: stepladder generate runs/rmd --prompt "a large red star top left on gray" --sampler both
+    """
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise UserError("give at least one --prompt, or a file with --prompts")
+    student = load_student(student_folder(run))
+    names = {"student": [student.card["method"]], "teacher": ["teacher"], "both": ["teacher", student.card["method"]]}[sampler]
+    samplers = student_samplers(student, teacher_steps)
+    conditioning, unconditional = student.backbone.encode(texts), student.backbone.encode([""])
+    with progress_bar() as bar:
+        task = bar.add_task("generate", total=len(texts) * count, note="")
+        for index in range(len(texts)):
+            seeds = [seed + offset for offset in range(count)]
+            rows = conditioning.rows([index] * count)
+            drawn = [sample(samplers[name], student.backbone, rows, unconditional, seeds) for name in names]
+            images = [student.backbone.decode(latents) for latents in drawn]
+            for offset in range(count):
+                picture = grid(torch.stack([each[offset] for each in images]), columns=len(images))
+                save_image(picture, out / f"{index:04d}-{seeds[offset]}.png")
+            bar.advance(task, count)
+    console.print(f"{len(texts) * count} images in {out}" + (" (teacher left, student right)" if sampler == "both" else ""))

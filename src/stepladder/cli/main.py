@@ -1,0 +1,50 @@
+"""`stepladder`: the commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import typer  # noqa: E402
+
+from stepladder.errors import UserError  # noqa: E402
+
+app = typer.Typer(
+    name="stepladder",
+    help="Few steps, climbing resolutions: distil diffusion models into fast cascaded generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def _register() -> None:
+    from stepladder.cli import demo, distill, evaluate, export, generate, plan, teach
+
+    for module in (demo, plan, distill, generate, evaluate, export, teach):
+        app.command(name=module.__name__.rsplit(".", 1)[-1])(module.command)
+
+
+def main() -> None:
+    """Run a command; bad input ends with one sentence and exit code 2."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    _register()
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"stepladder: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stepladder: stopped; what was checkpointed is kept, --resume continues", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Prompts, and what the text encoders made of them."""

@@ -1,0 +1,87 @@
+"""Prompt files: plain text, JSONL, CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from stepladder.conditioning import Conditioning
+from stepladder.errors import UserError
+
+PROMPT_COLUMNS = ("prompt", "caption", "text")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts from TXT (one a line), JSONL or CSV (a column `prompt`, `caption` or `text`).
+
+    Raises:
+        UserError: the file is missing, binary, empty or has no such column.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read prompts from {path} ({error.strerror}); set data.prompts to a text file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text; data.prompts takes UTF-8 text with one prompt a line, JSONL or CSV") from error
+    if "\0" in text:
+        raise UserError(f"{path} is not text; data.prompts takes UTF-8 text with one prompt a line, JSONL or CSV")
+    kinds = {".jsonl": _from_jsonl, ".csv": _from_csv}
+    prompts = [line.strip() for line in kinds.get(path.suffix.lower(), _from_text)(text, path) if line.strip()]
+    if not prompts:
+        raise UserError(f"{path} holds no prompts; write one a line")
+    return prompts
+
+
+def _from_text(text: str, path: Path) -> Iterator[str]:
+    yield from text.splitlines()
+
+
+def _from_jsonl(text: str, path: Path) -> Iterator[str]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield _pick(json.loads(line), path)
+            except ValueError as error:
+                raise UserError(f"{path} line {number} is not JSON ({error}); mend or remove the line") from error
+
+
+def _from_csv(text: str, path: Path) -> Iterator[str]:
+    for row in csv.DictReader(text.splitlines()):
+        yield _pick(row, path)
+
+
+def _pick(row: object, path: Path) -> str:
+    if isinstance(row, str):
+        return row
+    for column in PROMPT_COLUMNS:
+        if isinstance(row, dict) and isinstance(row.get(column), str):
+            return row[column]
+    raise UserError(f"{path} has rows without a column named {' or '.join(PROMPT_COLUMNS)}; rename the prompt column")
+
+
+class PromptCache:
+    """Every prompt encoded once; rows are drawn in a seeded order that depends on the update alone.
+
+    So a resumed run sees the prompts it would have seen, without any position to store.
+    """
+
+    def __init__(self, conditioning: Conditioning, unconditional: Conditioning, seed: int) -> None:
+        self.conditioning = conditioning
+        self.unconditional = unconditional
+        self.seed = seed
+
+    def batch(self, update: int, size: int) -> Conditioning:
+        """The prompts of one update: consecutive places of an endless sequence of shuffled epochs."""
+        count = len(self.conditioning)
+        places = range(update * size, (update + 1) * size)
+        return self.conditioning.rows([self._order(place // count)[place % count] for place in places])
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch, self._shuffled = epoch, torch.randperm(len(self.conditioning), generator=generator).tolist()
+        return self._shuffled

@@ -1,0 +1,99 @@
+"""Evaluation on the embedded world: held-out captions, the judge, and every sampler under the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stepladder.backbones.base import Backbone
+from stepladder.conditioning import Conditioning
+from stepladder.errors import UserError
+from stepladder.evaluation.metrics import diversity, frechet_distance, prompt_accuracy
+from stepladder.evaluation.samplers import Sampler, sample_many
+from stepladder.world.captions import captions
+from stepladder.world.judge import Judge
+from stepladder.world.paths import JUDGE
+from stepladder.world.render import render
+from stepladder.world.scenes import Scene, draw_scenes
+
+REFERENCES = 2000
+DIVERSITY_CAPTIONS, DIVERSITY_SEEDS = 16, 4
+
+
+@lru_cache(maxsize=1)
+def load_judge() -> Judge:
+    """The bundled judge."""
+    if not JUDGE.is_file():
+        raise UserError("the bundled judge is missing; remake it with stepladder teach")
+    judge = Judge()
+    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(str(JUDGE)).items()})
+    return judge.eval().requires_grad_(False)
+
+
+@dataclass
+class Exam:
+    """Held-out captions with their scenes, encoded, and reference renders; the same for every sampler."""
+
+    scenes: list[Scene]
+    prompts: list[str]
+    conditioning: Conditioning
+    unconditional: Conditioning
+    reference: Tensor
+    seed: int
+
+
+def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
+    """Draw `count` held-out captions, and reference renders of other held-out scenes."""
+    scenes = draw_scenes(count, seed, held_out=True)
+    prompts = captions(scenes, seed)
+    parts = [backbone.encode(prompts[start : start + 64]) for start in range(0, count, 64)]
+    others = draw_scenes(REFERENCES, seed + 1, held_out=True)
+    generator = torch.Generator().manual_seed(seed + 1)
+    size = backbone.default_size
+    reference = torch.cat([render(others[start : start + 100], size, generator) for start in range(0, REFERENCES, 100)])
+    return Exam(scenes, prompts, Conditioning.cat(parts), backbone.encode([""]), reference, seed)
+
+
+def examine(
+    sampler: Sampler, backbone: Backbone, exam: Exam, batch: int = 32, advance: Callable[[int], None] | None = None
+) -> tuple[dict[str, Any], Tensor]:
+    """Figures of one sampler, and its images (N, 3, H, W), one a caption."""
+    judge = load_judge()
+    seeds = [exam.seed * 1_000_000 + index for index in range(len(exam.prompts))]
+    drawn = sample_many(sampler, backbone, exam.conditioning, exam.unconditional, seeds, batch, advance=advance)
+    picked = [index for index in range(min(DIVERSITY_CAPTIONS, len(exam.prompts))) for _ in range(DIVERSITY_SEEDS)]
+    more = [exam.seed * 1_000_000 + 500_000 + number for number in range(len(picked))]
+    varied = sample_many(sampler, backbone, exam.conditioning.rows(picked), exam.unconditional, more, batch)
+    figures = {
+        "nfe": sampler.nfe,
+        "seconds_per_image": drawn.seconds_per_image,
+        "decode_seconds_per_image": drawn.decode_seconds_per_image,
+        **prompt_accuracy(judge, drawn.images, exam.scenes),
+        "fid": frechet_distance(judge, drawn.images, exam.reference),
+        "diversity": diversity(judge, varied.images.unflatten(0, (-1, DIVERSITY_SEEDS))),
+        "samples": len(exam.prompts),
+        "seed": exam.seed,
+    }
+    return figures, drawn.images
+
+
+def examine_all(
+    samplers: dict[str, Sampler], backbone: Backbone, count: int, seed: int, batch: int = 32
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor], Exam]:
+    """Examine samplers one after another with a progress bar."""
+    from stepladder.progress import progress_bar
+
+    exam = set_exam(backbone, count, seed)
+    figures: dict[str, dict[str, Any]] = {}
+    images: dict[str, Tensor] = {}
+    with progress_bar() as bar:
+        for name, sampler in samplers.items():
+            task = bar.add_task(f"sample {name}", total=count, note=f"{sampler.nfe} passes an image")
+            figures[name], images[name] = examine(sampler, backbone, exam, batch, lambda n, task=task: bar.advance(task, n))  # type: ignore[misc]
+    return figures, images, exam

@@ -1,0 +1,54 @@
+"""Tensors to PNG files."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepladder.errors import UserError
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] to an RGB picture."""
+    array = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(array.permute(1, 2, 0).cpu().numpy()))
+
+
+def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
+    """Lay (B, 3, H, W) out in rows of `columns` with white gaps: (3, rows (H + gap) - gap, …)."""
+    batch, _, height, width = images.shape
+    rows = -(-batch // columns)
+    sheet = images.new_ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write one PNG beside and rename it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        to_pil(image).save(beside, format="PNG")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}; choose a folder you may write to") from error
+
+
+def save_grid(images: Tensor, path: Path, columns: int) -> None:
+    """Write a grid of images as one PNG."""
+    save_image(grid(images, columns), path)
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """One image as PNG bytes."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,147 @@
+"""The three networks of distribution matching: student, fake score and teacher.
+
+`AdapterRoles` keeps one frozen base and gives student and fake score a LoRA adapter each; the teacher is the base with
+adapters off. `CopyRoles` keeps three whole networks. Nothing outside this file knows which of the two it has.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from stepladder.backbones.base import Backbone
+from stepladder.conditioning import Conditioning
+from stepladder.errors import UserError
+from stepladder.prediction import Prediction
+
+STUDENT, FAKE_SCORE, TEACHER = "student", "fake_score", "teacher"
+TRAINED = (STUDENT, FAKE_SCORE)
+
+
+class Role:
+    """A network in one of its roles: the only way in which methods call networks."""
+
+    def __init__(self, backbone: Backbone, network: nn.Module, enter: Callable[[], None]) -> None:
+        self.backbone = backbone
+        self.network = network
+        self.enter = enter
+
+    def __call__(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Prediction:
+        """Predict x0 and eps of `x`, (B, C, …), at a scalar or (B,) timestep on the clock of x's resolution."""
+        self.enter()
+        return self.backbone.denoise(self.network, x, timestep.expand(len(x)), conditioning)
+
+    def guided(
+        self, x: Tensor, timestep: Tensor, conditioning: Conditioning, unconditional: Conditioning, guidance_scale: float
+    ) -> Prediction:
+        """Classifier-free guidance u + s (c - u), both passes in one batch; one pass where the scale is 1."""
+        if guidance_scale == 1:
+            return self(x, timestep, conditioning)
+        both = self(torch.cat([x, x]), timestep.expand(len(x)).repeat(2), Conditioning.cat([unconditional, conditioning]))
+        x0, eps = both.x0.chunk(2), both.eps.chunk(2)
+        return Prediction(torch.lerp(x0[0], x0[1], guidance_scale), torch.lerp(eps[0], eps[1], guidance_scale))
+
+
+class Roles(Protocol):
+    """Student, fake score and teacher, and the parameters of the two that learn."""
+
+    student: Role
+    fake_score: Role
+    teacher: Role
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The trainable parameters of `student` or `fake_score`, by name."""
+
+
+class AdapterRoles:
+    """One frozen base; student and fake score are LoRA adapters on it (alpha = rank, so that no reader can misread it).
+
+    Roles are switched by peft's private flags: its public `set_adapter` and `disable_adapters` also flip
+    `requires_grad`, and a switch between a forward and its backward would then leave the gradient at zero, silently.
+    """
+
+    def __init__(self, backbone: Backbone, rank: int, gradient_checkpointing: bool = False) -> None:
+        self.network = backbone.network.requires_grad_(False)
+        self.current = ""
+        for name in TRAINED:
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(backbone.lora_targets))
+            self.network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+        self.layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        for name in TRAINED:
+            for parameter in self.parameters(name).values():
+                parameter.requires_grad_(True)
+        self.student, self.fake_score, self.teacher = (
+            Role(backbone, self.network, self._entrance(name)) for name in (STUDENT, FAKE_SCORE, TEACHER)
+        )
+        if gradient_checkpointing:
+            self.network.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
+
+    def _entrance(self, name: str) -> Callable[[], None]:
+        return lambda: self._enter(name)
+
+    def _enter(self, name: str) -> None:
+        if name == self.current:
+            return
+        for layer in self.layers:
+            layer._disable_adapters = name == TEACHER
+            layer._active_adapter = [name] if name != TEACHER else [STUDENT]
+        self.current = name
+
+    def _checkpoint(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Gradient checkpointing that recomputes with the adapter of the forward, whatever role is current by then."""
+        name = self.current
+
+        def run(*arguments: Any) -> Any:
+            before = self.current
+            self._enter(name)
+            try:
+                return function(*arguments)
+            finally:
+                self._enter(before)
+
+        return torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False)
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The adapter's LoRA matrices, by their name without the adapter's."""
+        mark = f".{role}."
+        return {name.replace(mark, "."): p for name, p in self.network.named_parameters() if "lora_" in name and mark in name}
+
+
+class CopyRoles:
+    """Three whole networks, as the papers' full fine-tuning has them."""
+
+    def __init__(self, backbone: Backbone, gradient_checkpointing: bool = False) -> None:
+        self.networks = {TEACHER: backbone.network.requires_grad_(False)}
+        for name in TRAINED:
+            network = copy.deepcopy(backbone.network).requires_grad_(True)
+            if gradient_checkpointing:
+                network.enable_gradient_checkpointing()  # type: ignore[operator]
+            self.networks[name] = network
+        self.student, self.fake_score, self.teacher = (
+            Role(backbone, self.networks[name], lambda: None) for name in (STUDENT, FAKE_SCORE, TEACHER)
+        )
+
+    def parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """All parameters of the role's own network."""
+        return dict(self.networks[role].named_parameters())
+
+
+def load_parameters(roles: Roles, role: str, tensors: dict[str, Tensor]) -> None:
+    """Copy saved tensors into a role's parameters.
+
+    Raises:
+        UserError: names or shapes belong to another model or another rank.
+    """
+    own = roles.parameters(role)
+    wrong = set(own) ^ set(tensors) or {name for name in own if own[name].shape != tensors[name].shape}
+    if wrong:
+        raise UserError(f"these weights belong to another model or rank ({len(wrong)} tensors differ, first {min(wrong)}); check the recipe")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,94 @@
+"""Storage: any tree of tensors and plain values in one safetensors file, written beside and renamed, never pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepladder.errors import UserError
+
+TREE_KEY = "stepladder.tree"
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The JSON twin of a tree: tensors become references, dictionaries keep keys that are not strings."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_pack(item, tensors) for item in value]}
+    return {"value": value}
+
+
+def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
+    kind, content = next(iter(node.items()))
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in content}
+    if kind == "list":
+        return [_unpack(item, tensors) for item in content]
+    return content
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write a tree of dicts, lists, tensors and JSON values so that `path` is always either the old file or the new one.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    packed = _pack(tree, tensors)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(beside), metadata={TREE_KEY: json.dumps(packed)})
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+
+
+def load_tree(path: Path) -> Any:
+    """Read what `save_tree` wrote.
+
+    Raises:
+        UserError: the file is missing, truncated, or not one of ours.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing, truncated or no safetensors file ({error}); use another checkpoint") from error
+    if TREE_KEY not in metadata:
+        raise UserError(f"{path} is not a Stepladder checkpoint; point at a file that a Stepladder run wrote")
+    return _unpack(json.loads(metadata[TREE_KEY]), tensors)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside and rename it, so that readers never see half of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}; choose a folder you may write to") from error
+
+
+def generator_state(generator: torch.Generator) -> Tensor:
+    """The state of a generator as a tensor that a checkpoint can hold."""
+    return generator.get_state().clone()

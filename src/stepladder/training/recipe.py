@@ -1,0 +1,183 @@
+"""Recipes: one YAML file a run, validated to the last key, with overrides from the command line."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from stepladder.backbones.base import Backbone
+from stepladder.errors import UserError
+from stepladder.ladder import Boundary, Ladder, ResolutionShift, build_ladder, spaced_timesteps
+from stepladder.methods import methods
+
+
+class Part(BaseModel):
+    """A section of a recipe: no key that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelPart(Part):
+    """The pretrained model."""
+
+    path: str = Field("bundled", description="a diffusers folder, or `bundled` for the teacher in this package")
+    max_sequence_length: int = Field(256, ge=0, description="T5 tokens (SD3); 0 suits the bundled teacher, which has no T5")
+
+
+class LadderPart(Part):
+    """The ladder: sizes in pixels, steps, and where the resolution changes."""
+
+    sizes: list[tuple[int, int]] = Field(description="(height, width) of each rung, growing")
+    steps: int = Field(4, ge=1, description="network calls in all")
+    spacing: float = Field(1.0, gt=0, description="shift of the teacher's timesteps: 3 for SD3.5, 5 for Wan, 1 for uniform")
+    thresholds: list[float] = Field(default_factory=list, description="logSNR where a rung ends, one fewer than sizes")
+    timesteps: list[float] | None = Field(None, description="the teacher's timesteps themselves, instead of steps and spacing")
+    shift: ResolutionShift = Field("flow", description="how a low rung's timestep follows from the teacher's (Eq. 2)")
+    boundary: Boundary = Field("teacher", description="clock on which thresholds are compared; `rung` gives Wan's 3+3")
+
+    def build(self, backbone: Backbone) -> Ladder:
+        """The ladder for a backbone."""
+        timesteps = self.timesteps or spaced_timesteps(self.steps, self.spacing)
+        sizes = [backbone.latent_size(size) for size in self.sizes]
+        return build_ladder(backbone.process, timesteps, sizes, self.thresholds, self.shift, self.boundary)
+
+
+class RolesPart(Part):
+    """How student and fake score are kept."""
+
+    mode: Literal["lora", "full"] = Field("lora", description="adapters on one frozen base, or whole copies")
+    lora_rank: int = Field(64, ge=1)
+    gradient_checkpointing: bool = False
+
+
+class DataPart(Part):
+    """Prompts."""
+
+    prompts: Path = Field(description="TXT, JSONL or CSV; relative to the recipe")
+
+
+class TrainingPart(Part):
+    """The loop; the defaults are the paper's for images."""
+
+    updates: int = Field(1000, ge=1, description="student updates")
+    batch_size: int = Field(32, ge=1)
+    student_learning_rate: float = Field(4e-6, gt=0)
+    fake_score_learning_rate: float = Field(2e-5, gt=0)
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the student's weights that are sampled and exported")
+    seed: int = 0
+    device: str = Field("auto", description="auto, cpu, cuda")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16 autocast where the device has it")
+    checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    sample_every: int = Field(100, ge=1, description="updates between sample grids")
+
+
+class Recipe(Part):
+    """A run."""
+
+    model: ModelPart = Field(default_factory=ModelPart)
+    ladder: LadderPart
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "rmd"})
+    roles: RolesPart = Field(default_factory=RolesPart)
+    data: DataPart
+    training: TrainingPart = Field(default_factory=TrainingPart)
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: dict[str, Any]) -> dict[str, Any]:
+        name = value.get("name")
+        if name not in methods():
+            raise ValueError(f"unknown method {name!r}; known methods: {', '.join(sorted(methods()))}")
+        return methods()[name].Config.model_validate(value).model_dump(mode="json")
+
+    def method_config(self) -> Any:
+        """The method's own configuration."""
+        return methods()[self.method["name"]].Config.model_validate(self.method)
+
+    def identity(self) -> str:
+        """A hash of what a checkpoint depends on: everything but how long to train and what to write when."""
+        content = self.model_dump(mode="json")
+        for free in ("updates", "checkpoint_every", "keep_checkpoints", "sample_every"):
+            content["training"].pop(free)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override (`a.b=value`) and validate a recipe; a relative prompt file is looked up beside the recipe.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown (the nearest is named), a value has a wrong type.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read recipe {path}: {error}; give the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}; mend it there") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} must be a mapping with sections such as model, ladder, method; see recipes/")
+    for override in overrides:
+        _apply(tree, override)
+    recipe = parse_recipe(tree)
+    if not recipe.data.prompts.is_absolute():
+        recipe.data.prompts = (path.parent / recipe.data.prompts).resolve()
+    return recipe
+
+
+def parse_recipe(tree: dict[str, Any]) -> Recipe:
+    """Validate a recipe that is already a mapping."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must look like training.updates=200")
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {parent} is not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r} has a value that is not YAML; quote it") from error
+
+
+def _known_keys() -> set[str]:
+    parts: list[type[BaseModel]] = [Recipe, ModelPart, LadderPart, RolesPart, DataPart, TrainingPart]
+    parts += [method.Config for method in methods().values()]
+    return {key for part in parts for key in part.model_fields}
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(item) for item in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(_known_keys()))}"
+        return f"unknown key {where}; {hint}"
+    if first["type"] == "missing":
+        return f"{where} is missing; add it to the recipe"
+    message = first["msg"].removeprefix("Value error, ")
+    if "validation error" in message:
+        message = " ".join(message.split())
+    return f"{where}: {message} (got {first.get('input')!r}); correct it in the recipe"

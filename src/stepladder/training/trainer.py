@@ -1,0 +1,243 @@
+"""The training loop: one method, one backbone, two optimisers, and checkpoints that resume bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepladder.backbones.base import Backbone
+from stepladder.data.prompts import PromptCache, read_prompts
+from stepladder.errors import UserError
+from stepladder.images import save_grid
+from stepladder.ladder import Ladder
+from stepladder.methods import methods
+from stepladder.precision import autocast, pick_device
+from stepladder.progress import console, progress_bar
+from stepladder.roles import FAKE_SCORE, STUDENT, AdapterRoles, CopyRoles, Roles, load_parameters
+from stepladder.sampling import cascade, initial_noise
+from stepladder.storage import load_tree, save_tree, write_text
+from stepladder.training.logs import MetricLog
+from stepladder.training.recipe import Recipe
+
+RECIPE_FILE = "recipe.yaml"
+GRID_PROMPTS = 8
+
+
+def build_roles(backbone: Backbone, recipe: Recipe) -> Roles:
+    """Roles as the recipe keeps them; the adapters' start depends on the recipe's seed alone."""
+    torch.manual_seed(recipe.training.seed)
+    if recipe.roles.mode == "lora":
+        return AdapterRoles(backbone, recipe.roles.lora_rank, recipe.roles.gradient_checkpointing)
+    return CopyRoles(backbone, recipe.roles.gradient_checkpointing)
+
+
+@dataclass
+class Run:
+    """All that a training update touches; `state` and `restore` carry it through a checkpoint."""
+
+    recipe: Recipe
+    backbone: Backbone
+    roles: Roles
+    method: Any
+    ladder: Ladder
+    prompts: PromptCache
+    optimizers: dict[str, torch.optim.Optimizer]
+    average: dict[str, Tensor]
+    generator: torch.Generator
+    device: torch.device
+    update: int = 0
+
+    @classmethod
+    def start(cls, recipe: Recipe, backbone: Backbone) -> Run:
+        """A run at its first update."""
+        training = recipe.training
+        device = pick_device(training.device)
+        ladder = recipe.ladder.build(backbone)
+        texts = read_prompts(recipe.data.prompts)
+        parts = [backbone.encode(texts[start : start + 64]) for start in range(0, len(texts), 64)]
+        prompts = PromptCache(type(parts[0]).cat(parts), backbone.encode([""]), training.seed)
+        backbone.network.to(device)
+        roles = build_roles(backbone, recipe)
+        rates = {STUDENT: training.student_learning_rate, FAKE_SCORE: training.fake_score_learning_rate}
+        optimizers: dict[str, torch.optim.Optimizer] = {
+            role: torch.optim.AdamW(
+                roles.parameters(role).values(), lr=rate, betas=training.betas, weight_decay=training.weight_decay
+            )
+            for role, rate in rates.items()
+        }
+        method = methods()[recipe.method["name"]](recipe.method_config(), ladder, backbone.process, backbone.latent_channels)
+        average = {name: parameter.detach().clone() for name, parameter in roles.parameters(STUDENT).items()}
+        generator = torch.Generator().manual_seed(training.seed)
+        return cls(recipe, backbone, roles, method, ladder, prompts, optimizers, average, generator, device)
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next update depends on."""
+        return {
+            "update": self.update,
+            "identity": self.recipe.identity(),
+            "weights": {role: dict(self.roles.parameters(role)) for role in (STUDENT, FAKE_SCORE)},
+            "average": self.average,
+            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
+            "generator": self.generator.get_state(),
+        }
+
+    def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Continue from a checkpoint's state.
+
+        Raises:
+            UserError: the checkpoint was written by another recipe.
+        """
+        if state.get("identity") != self.recipe.identity():
+            raise UserError(f"{path} was written by another recipe; resume with that recipe or start in a new folder")
+        for role in (STUDENT, FAKE_SCORE):
+            load_parameters(self.roles, role, state["weights"][role])
+            self.optimizers[role].load_state_dict(state["optimizers"][role])
+        self.average = {name: tensor.to(self.device) for name, tensor in state["average"].items()}
+        self.generator.set_state(state["generator"])
+        self.update = state["update"]
+
+
+def train_update(run: Run) -> dict[str, float]:
+    """One update of Algorithm 1: fake score first, then the student.
+
+    Raises:
+        UserError: a loss or gradient is NaN or infinite; nothing has been changed by the update's last step.
+    """
+    training, method = run.recipe.training, run.method
+    conditioning = run.prompts.batch(run.update, training.batch_size).to(run.device)
+    unconditional = run.prompts.unconditional.to(run.device).expand(training.batch_size)
+    figures: dict[str, float] = {}
+    with autocast(run.device, training.precision):
+        sample = method.roll_out(run.roles, conditioning, run.update, run.generator)
+    for _ in range(method.config.fake_updates):
+        with autocast(run.device, training.precision):
+            loss = method.fake_score_loss(run.roles, sample)
+        figures.update(_descend(run, FAKE_SCORE, loss))
+    with autocast(run.device, training.precision):
+        loss = method.student_loss(run.roles, sample, unconditional)
+    figures.update(_descend(run, STUDENT, loss))
+    with torch.no_grad():
+        own = run.roles.parameters(STUDENT)
+        torch._foreach_lerp_([run.average[name] for name in own], list(own.values()), 1 - training.ema_decay)
+    run.update += 1
+    return figures | {"stage": float(sample.stage), "latent_std": sample.x0.detach().float().std().item()}
+
+
+def _descend(run: Run, role: str, loss: Tensor) -> dict[str, float]:
+    parameters = list(run.roles.parameters(role).values())
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.recipe.training.max_grad_norm)
+    value, size = loss.item(), norm.item()
+    if not (math.isfinite(value) and math.isfinite(size)):
+        raise UserError(
+            f"the {role} loss became {value} (gradient norm {size}) at update {run.update + 1}; the last good checkpoint is kept: "
+            "resume from it with a lower learning rate"
+        )
+    run.optimizers[role].step()
+    run.optimizers[role].zero_grad(set_to_none=True)
+    return {f"{role}_loss": value, f"{role}_grad_norm": size}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted((folder / "checkpoints").glob("update-*.safetensors"))
+
+
+def save_checkpoint(run: Run, folder: Path) -> Path:
+    """Write a checkpoint atomically and drop the oldest beyond the number to keep."""
+    path = folder / "checkpoints" / f"update-{run.update:07d}.safetensors"
+    save_tree(path, run.state())
+    for old in checkpoints(folder)[: -run.recipe.training.keep_checkpoints]:
+        old.unlink()
+    return path
+
+
+def open_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Make a run's folder, or accept one to resume.
+
+    Raises:
+        UserError: the folder holds another run, or cannot be written.
+    """
+    saved = folder / RECIPE_FILE
+    if saved.exists() and not resume:
+        raise UserError(f"{folder} already holds a run; add --resume to continue it or choose another folder")
+    if not saved.exists() and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run; choose another folder")
+    write_text(saved, recipe.to_yaml())
+
+
+def sample_grid(run: Run, path: Path) -> None:
+    """A grid of the averaged student's images, same prompts and noise every time, so that progress can be seen."""
+    own = run.roles.parameters(STUDENT)
+    trained = {name: parameter.detach().clone() for name, parameter in own.items()}
+    load_parameters(run.roles, STUDENT, run.average)
+    count = min(GRID_PROMPTS, len(run.prompts.conditioning))
+    conditioning = run.prompts.conditioning.rows(slice(0, count)).to(run.device)
+    generator = torch.Generator().manual_seed(run.recipe.training.seed + 1)
+    with torch.no_grad(), autocast(run.device, run.recipe.training.precision):
+        like = next(iter(conditioning.tensors.values()))
+        noise = initial_noise(run.ladder, count, run.backbone.latent_channels, generator, like)
+        latents = cascade(
+            lambda x, t: run.roles.student(x, t, conditioning),
+            run.backbone.process,
+            run.ladder,
+            noise,
+            generator,
+            **run.method.sampler_options(),
+        )
+        images = run.backbone.decode(latents.float())
+    load_parameters(run.roles, STUDENT, trained)
+    save_grid(images, path, columns=4)
+
+
+def train(run: Run, folder: Path) -> None:
+    """Train to the recipe's last update, writing metrics, grids and checkpoints; then leave the averaged student.
+
+    Raises:
+        UserError: the loss is not finite, or the disk is full; checkpoints written before stay.
+    """
+    training = run.recipe.training
+    log = MetricLog(folder, run.update)
+    started, first = time.monotonic(), run.update
+    with progress_bar() as bar:
+        task = bar.add_task(run.recipe.method["name"], total=training.updates, completed=run.update, note="")
+        while run.update < training.updates:
+            figures = train_update(run)
+            speed = (run.update - first) / (time.monotonic() - started)
+            log.write(run.update, figures | {"updates_per_second": speed})
+            note = f"student {figures['student_loss']:.3f} fake {figures['fake_score_loss']:.3f} {speed:.2f} updates/s"
+            bar.update(task, completed=run.update, note=note)
+            if not console.is_terminal and run.update % 20 == 0:
+                left = (training.updates - run.update) / speed
+                console.print(f"update {run.update}/{training.updates} {note}, {left:.0f} s left")
+            last = run.update == training.updates
+            if run.update % training.sample_every == 0 or last:
+                sample_grid(run, folder / "samples" / f"update-{run.update:07d}.png")
+            if run.update % training.checkpoint_every == 0 or last:
+                log.flush()
+                save_checkpoint(run, folder)
+    log.close()
+
+
+def latest_state(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The newest checkpoint of a run that can be read.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise UserError(f"{folder} has no checkpoint to resume from; start it without --resume in a new folder")
+    return load_tree(found[-1]), found[-1]
+
+
+def resolved_json(recipe: Recipe) -> str:
+    """The recipe as one line of JSON, for metadata."""
+    return json.dumps(recipe.model_dump(mode="json"), sort_keys=True)

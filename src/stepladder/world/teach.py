@@ -1,0 +1,96 @@
+"""Teaching from nothing: judge, autoencoder, text encoders, then the transformer at low and at full resolution."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from stepladder.storage import write_text
+from stepladder.world.autoencoder import train_autoencoder
+from stepladder.world.judge import train_judge
+from stepladder.world.teacher import (
+    SIZES,
+    build_pipeline,
+    build_transformer,
+    make_captions,
+    make_latents,
+    scene_of,
+    train_transformer,
+)
+from stepladder.world.text import train_text_encoders
+
+LOW_SHARE = 0.15
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """How long each phase lasts, in updates, and how many renders the transformer sees."""
+
+    judge: int = 600
+    autoencoder: int = 6000
+    text: int = 800
+    scenes: int = 32000
+    low: int = 4000
+    full: int = 8000
+
+
+def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
+    """Teach everything, with checkpoints in `folder`, and write the finished pipeline and judge to `out`.
+
+    Called again after an interruption it continues where it stopped; finished phases are only loaded.
+    """
+    began = time.monotonic()
+    judge = train_judge(folder, lessons.judge, seed)
+    vae = train_autoencoder(folder, lessons.autoencoder, seed)
+    tokenizer, encoders = train_text_encoders(folder, lessons.text, seed)
+    for encoder in encoders:
+        encoder.eval().requires_grad_(False)
+    scenes = [scene_of(seed, index) for index in range(lessons.scenes)]
+    latents = make_latents(folder, vae, scenes, seed)
+    text = make_captions(tokenizer, encoders, scenes, seed)
+    torch.manual_seed(seed + 1)
+    transformer = build_transformer()
+    low, full = SIZES
+    mostly_full: Callable[[random.Random], int] = lambda rng: low if rng.random() < LOW_SHARE else full  # noqa: E731
+    train_transformer(folder, "low", lambda rng: low, lessons.low, 1.5e-3, transformer, text, latents, seed)
+    train_transformer(folder, "full", mostly_full, lessons.full, 1.2e-3, transformer, text, latents, seed)
+    beside = out.with_name(out.name + ".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    pipeline = build_pipeline(vae, tokenizer, encoders, transformer.eval().requires_grad_(False))
+    pipeline.to(torch.float16).save_pretrained(str(beside / "teacher"))
+    save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, str(beside / "judge.safetensors"))
+    write_text(beside / "README.md", card(lessons, seed, time.monotonic() - began))
+    shutil.rmtree(out, ignore_errors=True)
+    beside.rename(out)
+
+
+def card(lessons: Lessons, seed: int, seconds: float) -> str:
+    """The model card: what this is, how it was made, on what, and how long the last call took."""
+    options = " ".join(f"--{name} {value}" for name, value in asdict(lessons).items())
+    return f"""# The bundled teacher and its judge
+
+A toy StableDiffusion3Pipeline (128 px; an AutoencoderTiny eight times down; two CLIP text encoders, no T5; an MMDiT) and a
+convolutional judge, both trained from nothing on the renderer of `stepladder.world`. Weights are stored in half precision.
+
+    stepladder teach --seed {seed} {options}
+
+Machine: {platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__.split("+")[0]}. The call that finished it
+took {seconds / 60:.0f} minutes (an interrupted and resumed training counts from its last start).
+
+```json
+{json.dumps(asdict(lessons))}
+```
+
+Stock diffusers loads it: `StableDiffusion3Pipeline.from_pretrained("teacher")`. Pass `max_sequence_length=0` to a call, which
+spares it the 256 zero tokens that stand for the absent T5; guidance 4 and 28 steps are what it was chosen for.
+Licence: Apache-2.0, as the rest of the repository.
+"""
