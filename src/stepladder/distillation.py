@@ -7,11 +7,12 @@ from typing import Any
 
 from stepladder.backbones import load_backbone
 from stepladder.backbones.base import Backbone
+from stepladder.data.prompts import read_prompts
 from stepladder.export import export_student, fingerprint
 from stepladder.planning import plan_ladder
 from stepladder.scheduler import LadderScheduler
 from stepladder.training.recipe import Recipe
-from stepladder.training.trainer import Run, latest_state, open_folder, train
+from stepladder.training.trainer import Run, checkpoints, latest_state, open_folder, train
 from stepladder.world.paths import resolve_model
 
 
@@ -26,9 +27,8 @@ def distill(recipe: Recipe, folder: Path, resume: bool = False) -> Path:
     backbone = load_model(recipe)
     base = fingerprint(backbone.network)
     run = Run.start(recipe, backbone)
-    if resume:
-        state, path = latest_state(folder)
-        run.restore(state, path)
+    if checkpoints(folder):
+        run.restore(*latest_state(folder))
     train(run, folder)
     return export_run(run, base, folder / "student")
 
@@ -59,8 +59,6 @@ def dry_run(recipe: Recipe) -> list[str]:
     backbone = load_model(recipe)
     ladder = recipe.ladder.build(backbone)
     plan = plan_ladder(backbone, ladder, 28, lora_rank=recipe.roles.lora_rank)
-    from stepladder.data.prompts import read_prompts
-
     prompts = read_prompts(recipe.data.prompts)
     training = recipe.training
     memory = plan.memory["train_lora" if recipe.roles.mode == "lora" else "train_full"]
@@ -69,5 +67,6 @@ def dry_run(recipe: Recipe) -> list[str]:
         f"ladder: {ladder.allocation()}, " + ", ".join(f"t={s.timestep:.0f} at {s.size[0]}x{s.size[1]}" for s in ladder.steps),
         f"method: {recipe.method['name']}, roles: {recipe.roles.mode}",
         f"data: {len(prompts)} prompts, {training.updates} updates of {training.batch_size}",
-        f"memory for weights and optimiser: {memory / 2**20:.0f} MiB; {plan.speedup_over_teacher:.1f} × the teacher's speed (28 steps, guided)",
+        f"memory for weights and optimiser: {memory / 2**20:.0f} MiB",
+        f"speed: {plan.speedup_over_teacher:.1f} × the teacher's speed (28 steps, guided)",
     ]

@@ -92,8 +92,10 @@ def model_card(facts: dict[str, Any], scheduler: LadderScheduler) -> str:
     ladder = scheduler.ladder()
     rows = "\n".join(f"| {step.timestep:.1f} | {step.size[0]} × {step.size[1]} |" for step in ladder.steps)
     height, width = facts["first_size"]
-    weights = 'pipe.load_lora_weights(".")' if facts["mode"] == "lora" else (
-        "pipe.transformer = SD3Transformer2DModel.from_pretrained(\".\", subfolder=\"transformer\")"
+    weights = (
+        'pipe.load_lora_weights(".")'
+        if facts["mode"] == "lora"
+        else ('pipe.transformer = SD3Transformer2DModel.from_pretrained(".", subfolder="transformer")')
     )
     return f"""# {facts["method"].upper()} {ladder.allocation()} student of {facts["model"]}
 
@@ -137,7 +139,9 @@ def load_student(folder: Path) -> Student:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights} is missing or truncated ({error}); export the student again") from error
     roles: Roles = AdapterRoles(backbone, card["lora_rank"]) if mode == "lora" else CopyRoles(backbone)
-    load_parameters(roles, STUDENT, {name.removeprefix("transformer.") if mode == "lora" else name: t for name, t in tensors.items()})
+    load_parameters(
+        roles, STUDENT, {name.removeprefix("transformer.") if mode == "lora" else name: t for name, t in tensors.items()}
+    )
     scheduler = LadderScheduler.from_pretrained(str(folder))
     return Student(backbone, roles, scheduler.ladder(), scheduler.options(), card)
 
@@ -145,5 +149,3 @@ def load_student(folder: Path) -> Student:
 def student_folder(path: Path) -> Path:
     """The student of a run, or the export itself."""
     return path / "student" if (path / "student" / CARD_FILE).is_file() else path
-
-

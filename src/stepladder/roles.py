@@ -141,7 +141,9 @@ def load_parameters(roles: Roles, role: str, tensors: dict[str, Tensor]) -> None
     own = roles.parameters(role)
     wrong = set(own) ^ set(tensors) or {name for name in own if own[name].shape != tensors[name].shape}
     if wrong:
-        raise UserError(f"these weights belong to another model or rank ({len(wrong)} tensors differ, first {min(wrong)}); check the recipe")
+        raise UserError(
+            f"these weights belong to another model or rank ({len(wrong)} tensors differ, first {min(wrong)}); check the recipe"
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])

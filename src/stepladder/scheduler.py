@@ -84,8 +84,8 @@ class LadderScheduler(SchedulerMixin, ConfigMixin):
         if tuple(sample.shape[2:]) != here.size:
             height, width = here.size
             raise UserError(
-                f"step {self.index + 1} expects latents of {height}x{width}, got {sample.shape[2]}x{sample.shape[3]}: pass the first "
-                "rung's height and width to the pipeline"
+                f"step {self.index + 1} expects latents of {height}x{width}, got {sample.shape[2]}x{sample.shape[3]}: pass the "
+                "first rung's height and width to the pipeline"
             )
         if self.index == 0:
             self.generators = derived_generators(sample)

@@ -70,7 +70,7 @@ def load_tree(path: Path) -> Any:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is missing, truncated or no safetensors file ({error}); use another checkpoint") from error
     if TREE_KEY not in metadata:

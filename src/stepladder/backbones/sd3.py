@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -38,7 +38,7 @@ class SD3:
         self.source = source
         self.max_sequence_length = max_sequence_length
         self.process = FlowProcess()
-        self.network: nn.Module = pipeline.transformer
+        self.network: Any = pipeline.transformer
 
     @classmethod
     def load(cls, path: str | Path, max_sequence_length: int = 256) -> SD3:
@@ -107,7 +107,9 @@ class SD3:
         step = self.pipeline.vae_scale_factor * config.patch_size
         limit = config.pos_embed_max_size * step
         if any(side <= 0 or side % step for side in size):
-            raise UserError(f"size {size[0]}x{size[1]} cannot be divided by {step} (VAE times patch size); choose multiples of {step}")
+            raise UserError(
+                f"size {size[0]}x{size[1]} cannot be divided by {step} (VAE times patch size); choose multiples of {step}"
+            )
         if max(size) > limit:
             raise UserError(f"size {size[0]}x{size[1]} is beyond this model's {limit} px; choose a smaller one")
         return size[0] // self.pipeline.vae_scale_factor, size[1] // self.pipeline.vae_scale_factor

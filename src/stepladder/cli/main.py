@@ -10,9 +10,9 @@ import warnings
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-import typer  # noqa: E402
+import typer
 
-from stepladder.errors import UserError  # noqa: E402
+from stepladder.errors import UserError
 
 app = typer.Typer(
     name="stepladder",

@@ -51,11 +51,13 @@ def _print(plan: Plan, name: str) -> None:
         table.add_column(column, justify="right")
     for number, step in enumerate(plan.steps, start=1):
         size = f"{step['width']} × {step['height']}"
-        table.add_row(str(number), f"{step['teacher_timestep']:.0f}", f"{step['timestep']:.0f}", size, f"{step['tflops'] * 1000:.2f}")
+        table.add_row(
+            str(number), f"{step['teacher_timestep']:.0f}", f"{step['timestep']:.0f}", size, f"{step['tflops'] * 1000:.2f}"
+        )
     console = Console()
     console.print(table)
     console.print(
-        f"{plan.speedup_over_teacher:.1f} × the teacher's speed, {plan.speedup_over_full_resolution:.2f} × that of as many full-size steps "
-        f"(network operations)\n{plan.parameters / 1e6:.1f} M parameters; weights and optimiser to train: "
+        f"{plan.speedup_over_teacher:.1f} × the teacher's speed, {plan.speedup_over_full_resolution:.2f} × that of as many "
+        f"full-size steps (network operations)\n{plan.parameters / 1e6:.1f} M parameters; weights and optimiser to train: "
         f"{plan.memory['train_lora'] / 2**20:.0f} MiB with adapters, {plan.memory['train_full'] / 2**20:.0f} MiB with copies"
     )

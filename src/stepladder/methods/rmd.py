@@ -100,9 +100,7 @@ class RMD:
     ) -> Sample:
         config, size = self.config, self.ladder.size
         # RMD Eq. 10
-        x = renoise(
-            self.process, prediction, timestep, size, config.alpha, generator, config.resample, config.preserve_variance
-        )
+        x = renoise(self.process, prediction, timestep, size, config.alpha, generator, config.resample, config.preserve_variance)
         return Sample(x, timestep, resize(prediction.x0, size, config.resample), stage, conditioning)
 
     def fake_score_loss(self, roles: Roles, sample: Sample) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from stepladder.roles import FAKE_SCORE, STUDENT, AdapterRoles, CopyRoles, Roles
 from stepladder.sampling import cascade, initial_noise
 from stepladder.storage import load_tree, save_tree, write_text
 from stepladder.training.logs import MetricLog
-from stepladder.training.recipe import Recipe
+from stepladder.training.recipe import Recipe, load_recipe
 
 RECIPE_FILE = "recipe.yaml"
 GRID_PROMPTS = 8
@@ -163,12 +162,17 @@ def open_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     """Make a run's folder, or accept one to resume.
 
     Raises:
-        UserError: the folder holds another run, or cannot be written.
+        UserError: the folder holds another run or none to resume, or cannot be written.
     """
     saved = folder / RECIPE_FILE
-    if saved.exists() and not resume:
+    if resume:
+        if not saved.exists():
+            raise UserError(f"{folder} holds no run to resume; start it without --resume")
+        if load_recipe(saved).identity() != recipe.identity():
+            raise UserError(f"{folder} was started with another recipe; resume with that one or start in a new folder")
+    elif saved.exists():
         raise UserError(f"{folder} already holds a run; add --resume to continue it or choose another folder")
-    if not saved.exists() and folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another folder")
     write_text(saved, recipe.to_yaml())
 
@@ -234,10 +238,5 @@ def latest_state(folder: Path) -> tuple[dict[str, Any], Path]:
     """
     found = checkpoints(folder)
     if not found:
-        raise UserError(f"{folder} has no checkpoint to resume from; start it without --resume in a new folder")
+        raise UserError(f"{folder} has no checkpoint yet; let the run write one first")
     return load_tree(found[-1]), found[-1]
-
-
-def resolved_json(recipe: Recipe) -> str:
-    """The recipe as one line of JSON, for metadata."""
-    return json.dumps(recipe.model_dump(mode="json"), sort_keys=True)

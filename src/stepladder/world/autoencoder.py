@@ -70,7 +70,9 @@ def train_autoencoder(folder: Path, steps: int, seed: int) -> AutoencoderTiny:
             output = vae.decode(latents + 0.05 * torch.randn(latents.shape, generator=generator)).sample
         return reconstruction_loss(output.float(), images) + 1e-4 * latents.float().square().mean()
 
-    run_phase(Phase("autoencoder", {"vae": vae}, [optimizer], steps, loss, warm_then_decay(100, steps), average=0.995), folder, seed)
+    run_phase(
+        Phase("autoencoder", {"vae": vae}, [optimizer], steps, loss, warm_then_decay(100, steps), average=0.995), folder, seed
+    )
     vae.eval().requires_grad_(False)
     with torch.no_grad():
         latents = vae.encode(draw_renders(256, 128, f"scale/{seed}")).latents

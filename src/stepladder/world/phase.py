@@ -113,5 +113,5 @@ def run_phase(phase: Phase, folder: Path, seed: int) -> None:
                 saved_at = time.monotonic()
     if phase.average:
         with torch.no_grad():
-            torch._foreach_copy_(parameters, averages)
+            torch._foreach_copy_(list[Tensor](parameters), averages)
     save()

@@ -60,7 +60,7 @@ def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
     torch.manual_seed(seed + 1)
     transformer = build_transformer()
     low, full = SIZES
-    mostly_full: Callable[[random.Random], int] = lambda rng: low if rng.random() < LOW_SHARE else full  # noqa: E731
+    mostly_full: Callable[[random.Random], int] = lambda rng: low if rng.random() < LOW_SHARE else full
     train_transformer(folder, "low", lambda rng: low, lessons.low, 1.5e-3, transformer, text, latents, seed)
     train_transformer(folder, "full", mostly_full, lessons.full, 1.2e-3, transformer, text, latents, seed)
     beside = out.with_name(out.name + ".tmp")
@@ -83,8 +83,8 @@ convolutional judge, both trained from nothing on the renderer of `stepladder.wo
 
     stepladder teach --seed {seed} {options}
 
-Machine: {platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__.split("+")[0]}. The call that finished it
-took {seconds / 60:.0f} minutes (an interrupted and resumed training counts from its last start).
+Machine: {platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__.split("+")[0]}. The call that
+finished it took {seconds / 60:.0f} minutes (an interrupted and resumed training counts from its last start).
 
 ```json
 {json.dumps(asdict(lessons))}

@@ -16,8 +16,8 @@ from stepladder.storage import load_tree, save_tree
 from stepladder.world.autoencoder import LATENT_CHANNELS, encode_images
 from stepladder.world.captions import describe
 from stepladder.world.phase import Phase, run_phase, warm_then_decay
-from stepladder.world.scenes import Scene, draw_scene
 from stepladder.world.render import render
+from stepladder.world.scenes import Scene, draw_scene
 from stepladder.world.text import ENCODER_WIDTHS, encode_tokens, tokenize
 
 SIZES = (64, 128)
@@ -172,5 +172,3 @@ def build_pipeline(
         text_encoder_3=None,
         tokenizer_3=None,
     )
-
-

@@ -1,0 +1,158 @@
+"""Bad input: exit code 2 and one clear sentence, through the command line as a user meets it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import tiny_recipe
+from stepladder.backbones.sd3 import SD3
+from stepladder.data.prompts import PromptCache, read_prompts
+from stepladder.errors import UserError
+from stepladder.training.recipe import load_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def recipe_file(folder: Path, **changes: object) -> Path:
+    """A tiny recipe on disk with some dotted keys changed."""
+    tree = tiny_recipe(folder).model_dump(mode="json")
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = tree
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__updats": 3}, "unknown key training.updats; did you mean updates?"),
+        ({"methd": {}}, "unknown key methd; did you mean method?"),
+        ({"method": {"name": "rmd", "alfa": 0.1}}, "alfa"),
+        ({"method": {"name": "rdm"}}, "unknown method 'rdm'; known methods: rmd"),
+        ({"training__updates": "many"}, "training.updates"),
+        ({"training__batch_size": 0}, "training.batch_size"),
+        ({"method": {"name": "rmd", "alpha": 1.5}}, "alpha"),
+        ({"ladder__sizes": None}, "ladder.sizes"),
+        ({"roles__mode": "loras"}, "roles.mode"),
+    ],
+)
+def test_wrong_recipes(tmp_path, changes, message):
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file(tmp_path, **changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "just words", "- list", ""])
+def test_recipes_that_are_no_mapping(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="recipe"):
+        load_recipe(path)
+
+
+def test_a_missing_recipe(tmp_path):
+    with pytest.raises(UserError, match="cannot read recipe"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_overrides(tmp_path):
+    recipe = load_recipe(recipe_file(tmp_path), ["training.updates=7", "method.alpha=0.5", "ladder.thresholds=[-1.0]"])
+    assert (recipe.training.updates, recipe.method["alpha"], recipe.ladder.thresholds) == (7, 0.5, [-1.0])
+    with pytest.raises(UserError, match="must look like"):
+        load_recipe(recipe_file(tmp_path), ["training.updates"])
+    with pytest.raises(UserError, match="did you mean updates"):
+        load_recipe(recipe_file(tmp_path), ["training.update=7"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"\n \n", "holds no prompts"),
+        ("binary.txt", b"\xff\xfe\x00\x01", "is not text"),
+        ("null.txt", b"a\x00b", "is not text"),
+        ("bad.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2 is not JSON"),
+        ("columns.jsonl", b'{"words": "a"}\n', "rename the prompt column"),
+        ("columns.csv", b"words\na\n", "rename the prompt column"),
+    ],
+)
+def test_wrong_prompt_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(path)
+    with pytest.raises(UserError, match="cannot read prompts"):
+        read_prompts(tmp_path / "nothing.txt")
+
+
+def test_prompt_files_of_every_kind(tmp_path):
+    for name, content in (("a.txt", "one\n\ntwo\n"), ("a.jsonl", '{"caption": "one"}\n"two"\n'), ("a.csv", "text\none\ntwo\n")):
+        path = tmp_path / name
+        path.write_text(content, encoding="utf-8")
+        assert read_prompts(path) == ["one", "two"]
+
+
+def test_every_prompt_is_seen_once_an_epoch():
+    backbone = SD3.tiny()
+    cache = PromptCache(backbone.encode(["a", "b", "c", "d"]), backbone.encode([""]), seed=3)
+    rows = [cache.batch(update, 2).tensors["pooled_projections"] for update in range(4)]
+    for epoch in (rows[:2], rows[2:]):
+        seen = sorted(tuple(row.tolist()) for part in epoch for row in part)
+        assert seen == sorted(tuple(row.tolist()) for row in cache.conditioning.tensors["pooled_projections"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ladder__sizes": [[32, 32], [16, 16]]}, "must grow"),
+        ({"ladder__sizes": [[12, 12], [32, 32]]}, "cannot be divided by 8"),
+        ({"ladder__sizes": [[16, 16], [512, 512]]}, "beyond this model's"),
+        ({"ladder__thresholds": [9.0]}, "has no step"),
+        ({"ladder__thresholds": [float("inf")]}, "outside what this schedule reaches"),
+        ({"ladder__thresholds": []}, "need 1 logSNR threshold"),
+    ],
+)
+def test_impossible_ladders(tmp_path, changes, message):
+    recipe = load_recipe(recipe_file(tmp_path, **changes))
+    with pytest.raises(UserError, match=message):
+        recipe.ladder.build(SD3.tiny())
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "stepladder.cli.main", *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path):
+    done = run_command("distill", str(recipe_file(tmp_path, training__updats=3)), "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == ["stepladder: unknown key training.updats; did you mean updates?"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["demo", "plan", "distill", "generate", "evaluate", "export", "teach"])
+def test_every_command_has_help_with_an_example(name):
+    from typer.testing import CliRunner
+
+    from stepladder.cli import main
+
+    if not main.app.registered_commands:
+        main._register()
+    shown = CliRunner().invoke(main.app, [name, "--help"])
+    assert shown.exit_code == 0
+    assert "Example: stepladder" in shown.stdout
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_in_the_repository_are_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.data.prompts.is_file()
