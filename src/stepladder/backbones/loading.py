@@ -1,4 +1,4 @@
-"""What all backbones share: loading a pipeline safely, and the toy text encoder of their `tiny()`."""
+"""What all backbones share: loading a pipeline safely, and the toy text encoders of their `tiny()`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from stepladder.errors import UserError
 
@@ -50,3 +50,9 @@ def tiny_clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
         pad_token_id=tokenizer.pad_token_id,
     )
     return tokenizer, CLIPTextModelWithProjection(config)
+
+
+def tiny_t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
+    """A T5 tokenizer that knows special tokens only, and a one-layer encoder with random weights, built offline."""
+    config = T5Config(vocab_size=8, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return T5Tokenizer(extra_ids=0), T5EncoderModel(config)

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from stepladder.backbones.loading import load_pipeline, tiny_clip
+from stepladder.backbones.loading import load_pipeline, tiny_clip, tiny_t5
 from stepladder.conditioning import Conditioning
 from stepladder.errors import UserError
 from stepladder.prediction import Prediction
@@ -42,14 +42,16 @@ class SD3:
 
     @classmethod
     def load(cls, path: str | Path, max_sequence_length: int = 256) -> SD3:
-        """Load a diffusers directory or hub id; weights other than safetensors are refused."""
-        return cls(load_pipeline(StableDiffusion3Pipeline, path), str(path), max_sequence_length)
+        """Load a diffusers directory, with or without its T5; weights other than safetensors are refused."""
+        without_t5 = {} if (Path(path) / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
+        return cls(load_pipeline(StableDiffusion3Pipeline, path, **without_t5), str(path), max_sequence_length)
 
     @classmethod
     def tiny(cls) -> SD3:
         """A two-block MMDiT on 4-channel latents of a four-times-down VAE, with random weights."""
         torch.manual_seed(0)
         tokenizer, encoder = tiny_clip(width=32)
+        t5_tokenizer, t5 = tiny_t5(width=64)
         transformer = SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
@@ -83,10 +85,10 @@ class SD3:
             tokenizer=tokenizer,
             text_encoder_2=tiny_clip(width=32)[1],
             tokenizer_2=tokenizer,
-            text_encoder_3=None,
-            tokenizer_3=None,
+            text_encoder_3=t5,
+            tokenizer_3=t5_tokenizer,
         )
-        for module in (transformer, vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        for module in (transformer, vae, pipeline.text_encoder, pipeline.text_encoder_2, t5):
             module.eval().requires_grad_(False)
         return cls(pipeline, "tiny-sd3", max_sequence_length=4)
 

@@ -13,6 +13,7 @@ import typer
 import yaml
 from rich.console import Console
 
+from stepladder import world
 from stepladder.distillation import distill
 from stepladder.errors import UserError
 from stepladder.evaluation.samplers import student_samplers
@@ -27,10 +28,9 @@ from stepladder.training.logs import read_metrics
 from stepladder.training.recipe import load_recipe
 from stepladder.training.trainer import RECIPE_FILE
 from stepladder.world.captions import captions
-from stepladder.world.paths import BUNDLED
 from stepladder.world.scenes import draw_scenes
 
-RECIPE = BUNDLED / "rmd.yaml"
+RECIPE = Path(world.__file__).parent / "rmd.yaml"
 PROMPTS = 4000
 
 

@@ -34,7 +34,7 @@ def command(
         backbone = load_backbone(resolve_model(recipe.model.path), recipe.model.max_sequence_length)
         part, rank = recipe.ladder, recipe.roles.lora_rank
     else:
-        backbone = load_backbone(resolve_model(name), 0 if name == "bundled" else 256)
+        backbone = load_backbone(resolve_model(name), 1 if name == "bundled" else 256)
         height, width = backbone.default_size
         part = LadderPart(sizes=[(height // 2, width // 2), (height, width)], steps=steps, spacing=3.0, thresholds=[logsnr])
         rank = 64

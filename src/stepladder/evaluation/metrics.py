@@ -14,7 +14,7 @@ from stepladder.world.scenes import Scene
 
 
 class JudgeFeatures(nn.Module):
-    """The judge as torchmetrics wants a feature network: uint8 images in, (B, 128) features out."""
+    """The judge as torchmetrics wants a feature network: uint8 images in, (B, FEATURES) features out."""
 
     num_features = FEATURES
 

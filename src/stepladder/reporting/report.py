@@ -79,10 +79,11 @@ def write_report(material: Material, path: Path) -> None:
 
 
 def _note(teacher: dict[str, Any], student: dict[str, Any]) -> str:
+    decoding = 1000 * student["decode_seconds_per_image"]
     return (
-        f"{teacher['samples']} held-out captions a sampler, seed {teacher['seed']}. Prompt accuracy: share of images that show every "
-        "attribute of their caption at once. FID on the judge's features against held-out renders. Milliseconds are the network's and "
-        f"the sampler's, median over batches; decoding adds {1000 * student['decode_seconds_per_image']:.1f} ms to each."
+        f"{teacher['samples']} held-out captions a sampler, seed {teacher['seed']}. Prompt accuracy: share of images that show "
+        "every attribute of their caption at once. FID on the judge's features against held-out renders. Milliseconds are the "
+        f"network's and the sampler's, median over batches; decoding adds {decoding:.1f} ms to each."
     )
 
 

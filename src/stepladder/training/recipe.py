@@ -28,7 +28,7 @@ class ModelPart(Part):
     """The pretrained model."""
 
     path: str = Field("bundled", description="a diffusers folder, or `bundled` for the teacher in this package")
-    max_sequence_length: int = Field(256, ge=0, description="T5 tokens (SD3); 0 suits the bundled teacher, which has no T5")
+    max_sequence_length: int = Field(256, ge=1, description="T5 tokens (SD3); 1 for the bundled teacher, whose T5 says nothing")
 
 
 class LadderPart(Part):

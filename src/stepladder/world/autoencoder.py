@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from stepladder.precision import autocast, pick_device
+from stepladder.renoise import gaussian
 from stepladder.world.phase import Phase, run_phase, warm_then_decay
 from stepladder.world.render import render
 from stepladder.world.scenes import draw_scene
@@ -53,7 +55,8 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 def train_autoencoder(folder: Path, steps: int, seed: int) -> AutoencoderTiny:
     """Train the autoencoder, then set `scaling_factor` and `shift_factor` so that latents have mean 0 and deviation 1."""
     torch.manual_seed(seed)
-    vae = build_autoencoder()
+    device = pick_device("auto")
+    vae = build_autoencoder().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     pool: list[Tensor] = []
 
@@ -64,16 +67,16 @@ def train_autoencoder(folder: Path, steps: int, seed: int) -> AutoencoderTiny:
         source = pool[step % 2]
         rows = [rng.randrange(POOL) for _ in range(8)]
         top, left = (rng.randint(0, source.shape[-1] - CROP) for _ in range(2))
-        images = source[rows, :, top : top + CROP, left : left + CROP].contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        images = source[rows, :, top : top + CROP, left : left + CROP].to(device, memory_format=torch.channels_last)
+        with autocast(device, "auto"):
             latents = vae.encode(images).latents
-            output = vae.decode(latents + 0.05 * torch.randn(latents.shape, generator=generator)).sample
+            output = vae.decode(latents + 0.05 * gaussian(tuple(latents.shape), generator, latents)).sample
         return reconstruction_loss(output.float(), images) + 1e-4 * latents.float().square().mean()
 
     run_phase(
         Phase("autoencoder", {"vae": vae}, [optimizer], steps, loss, warm_then_decay(100, steps), average=0.995), folder, seed
     )
-    vae.eval().requires_grad_(False)
+    vae.to("cpu").eval().requires_grad_(False)
     with torch.no_grad():
         latents = vae.encode(draw_renders(256, 128, f"scale/{seed}")).latents
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepladder.precision import autocast, pick_device
 from stepladder.world.phase import Phase, run_phase, warm_then_decay
 from stepladder.world.render import render
 from stepladder.world.scenes import COLOURS, GROUNDS, POSITIONS, SHAPES, SIZES, Scene, draw_scene
 
 IGNORED = -100
-FEATURES = 128
+FEATURES = 96
 
 
 def head_sizes() -> list[int]:
@@ -57,7 +58,8 @@ class Judge(nn.Module):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         layers += [nn.Conv2d(FEATURES, FEATURES, 3, padding=1), nn.GroupNorm(8, FEATURES), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)
-        self.corner = nn.Sequential(nn.Linear(FEATURES * 16, 192), nn.SiLU(), nn.Linear(192, sum(head_sizes()[:3])))
+        self.squeeze = nn.Conv2d(FEATURES, 48, 1)
+        self.corner = nn.Sequential(nn.Linear(48 * 16, 128), nn.SiLU(), nn.Linear(128, sum(head_sizes()[:3])))
         self.ground = nn.Linear(FEATURES, len(GROUNDS))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +68,7 @@ class Judge(nn.Module):
             images = F.interpolate(images, (128, 128), mode="bilinear", antialias=images.shape[-1] > 128)
         grid = self.trunk(images)
         features = grid.mean(dim=(2, 3))
-        quarters = grid.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        quarters = self.squeeze(grid).unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3)
         corners = self.corner(quarters).flatten(1)
         return torch.cat([corners, self.ground(features)], dim=-1), features
 
@@ -112,16 +114,17 @@ def spoil(images: Tensor, rng: random.Random, generator: torch.Generator) -> Ten
 def train_judge(folder: Path, steps: int, seed: int, name: str = "judge") -> Judge:
     """Train a judge on every combination, held-out ones too: it must know what the teacher has to guess."""
     torch.manual_seed(seed)
-    judge = Judge()
+    device = pick_device("auto")
+    judge = Judge().to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-3)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rng = random.Random(f"{name}/{seed}/{step}")
         scenes = [draw_scene(rng, held_out=rng.random() < 0.3) for _ in range(48)]
-        images = spoil(render(scenes, 128, generator), rng, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        images = spoil(render(scenes, 128, generator), rng, generator).to(device)
+        with autocast(device, "auto"):
             logits, _ = judge(images)
-        return answer_loss(logits.float(), answers(scenes))
+        return answer_loss(logits.float(), answers(scenes).to(device))
 
     run_phase(Phase(name, {"judge": judge}, [optimizer], steps, loss, warm_then_decay(50, steps), average=0.99), folder, seed)
-    return judge.eval().requires_grad_(False)
+    return judge.to("cpu").eval().requires_grad_(False)

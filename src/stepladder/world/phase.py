@@ -22,7 +22,8 @@ CHECKPOINT_SECONDS = 120
 class Phase:
     """What one phase trains, on what, and for how long.
 
-    `loss(step, generator)` returns a scalar; `rate(step)` scales the learning rate; `average` keeps an exponential
+    Modules are already where they train. `loss(step, generator)` returns a scalar, its generator is a CPU one;
+    `rate(step)` scales the learning rate; `average` keeps an exponential
     moving average of the trained weights, which is what the phase leaves behind when it ends.
     """
 
@@ -57,6 +58,7 @@ def run_phase(phase: Phase, folder: Path, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     parameters = [parameter for module in phase.modules.values() for parameter in module.parameters()]
     averages = [parameter.detach().clone() for parameter in parameters]
+    device = parameters[0].device
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in phase.optimizers]
     step = 0
     if path.exists():
@@ -68,7 +70,7 @@ def run_phase(phase: Phase, folder: Path, seed: int) -> None:
             for optimizer, saved in zip(phase.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
             generator.set_state(state["generator"])
-            averages = state["averages"]
+            averages = [tensor.to(device) for tensor in state["averages"]]
 
     def save() -> None:
         done = step >= phase.steps

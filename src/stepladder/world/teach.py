@@ -52,8 +52,6 @@ def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
     judge = train_judge(folder, lessons.judge, seed)
     vae = train_autoencoder(folder, lessons.autoencoder, seed)
     tokenizer, encoders = train_text_encoders(folder, lessons.text, seed)
-    for encoder in encoders:
-        encoder.eval().requires_grad_(False)
     scenes = [scene_of(seed, index) for index in range(lessons.scenes)]
     latents = make_latents(folder, vae, scenes, seed)
     text = make_captions(tokenizer, encoders, scenes, seed)
@@ -78,7 +76,7 @@ def card(lessons: Lessons, seed: int, seconds: float) -> str:
     options = " ".join(f"--{name} {value}" for name, value in asdict(lessons).items())
     return f"""# The bundled teacher and its judge
 
-A toy StableDiffusion3Pipeline (128 px; an AutoencoderTiny eight times down; two CLIP text encoders, no T5; an MMDiT) and a
+A toy StableDiffusion3Pipeline (128 px; an AutoencoderTiny eight times down; two CLIP text encoders and a silent T5; an MMDiT) and a
 convolutional judge, both trained from nothing on the renderer of `stepladder.world`. Weights are stored in half precision.
 
     stepladder teach --seed {seed} {options}
@@ -90,7 +88,7 @@ finished it took {seconds / 60:.0f} minutes (an interrupted and resumed training
 {json.dumps(asdict(lessons))}
 ```
 
-Stock diffusers loads it: `StableDiffusion3Pipeline.from_pretrained("teacher")`. Pass `max_sequence_length=0` to a call, which
-spares it the 256 zero tokens that stand for the absent T5; guidance 4 and 28 steps are what it was chosen for.
+Stock diffusers loads it: `StableDiffusion3Pipeline.from_pretrained("teacher")`. Pass `max_sequence_length=1` to a call, which
+spares it the 255 further zero tokens of the silent T5; guidance 4 and 28 steps are what it was chosen for.
 Licence: Apache-2.0, as the rest of the repository.
 """

@@ -11,14 +11,16 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Trans
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from stepladder.precision import autocast, pick_device
 from stepladder.progress import progress_bar
+from stepladder.renoise import gaussian
 from stepladder.storage import load_tree, save_tree
 from stepladder.world.autoencoder import LATENT_CHANNELS, encode_images
 from stepladder.world.captions import describe
 from stepladder.world.phase import Phase, run_phase, warm_then_decay
 from stepladder.world.render import render
 from stepladder.world.scenes import Scene, draw_scene
-from stepladder.world.text import ENCODER_WIDTHS, encode_tokens, tokenize
+from stepladder.world.text import ENCODER_WIDTHS, build_silent_t5, encode_tokens, tokenize
 
 SIZES = (64, 128)
 SHIFT = 3.0
@@ -58,16 +60,19 @@ def make_latents(folder: Path, vae: AutoencoderTiny, scenes: list[Scene], seed: 
     """
     path = folder / "latents.safetensors"
     if not path.exists():
+        device = pick_device("auto")
+        vae.to(device)
         rows: dict[int, list[Tensor]] = {size: [] for size in SIZES}
         with progress_bar() as bar:
             task = bar.add_task("latents", total=len(scenes), note="")
             for start in range(0, len(scenes), 64):
                 some = scenes[start : start + 64]
                 for size in SIZES:
-                    with torch.autocast("cpu", torch.bfloat16):
-                        images = render(some, size, torch.Generator().manual_seed(seed + start))
-                        rows[size].append(encode_images(vae, images).half())
+                    images = render(some, size, torch.Generator().manual_seed(seed + start)).to(device)
+                    with autocast(device, "auto"):
+                        rows[size].append(encode_images(vae, images).half().cpu())
                 bar.update(task, completed=start + len(some))
+        vae.to("cpu")
         save_tree(path, {str(size): torch.cat(parts) for size, parts in rows.items()})
     tree = load_tree(path)
     return {size: tree[str(size)] for size in SIZES}
@@ -85,11 +90,11 @@ def flow_loss(
     transformer: SD3Transformer2DModel, latents: Tensor, text: tuple[Tensor, Tensor], generator: torch.Generator
 ) -> Tensor:
     """Rectified-flow matching: the velocity eps - x0 regressed at a random noise level."""
-    sigma = draw_sigmas(len(latents), generator)
-    noise = torch.randn(latents.shape, generator=generator)
+    sigma = draw_sigmas(len(latents), generator).to(latents.device)
+    noise = gaussian(tuple(latents.shape), generator, latents)
     mix = sigma[:, None, None, None]
     noisy = (1 - mix) * latents + mix * noise
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(latents.device, "auto"):
         velocity = transformer(noisy, encoder_hidden_states=text[0], pooled_projections=text[1], timestep=1000 * sigma).sample
     return (velocity.float() - (noise - latents)).square().mean()
 
@@ -105,7 +110,7 @@ def make_captions(
     rng = random.Random(f"captions/{seed}")
     prompts = [describe(scene, rng) for scene in scenes for _ in range(2)] + [""]
     hidden, pooled = [], []
-    with progress_bar() as bar, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with progress_bar() as bar, torch.no_grad(), autocast(torch.device("cpu"), "auto"):
         task = bar.add_task("captions", total=len(prompts), note="")
         for start in range(0, len(prompts), 256):
             both = encode_tokens(encoders, tokenize(tokenizer, prompts[start : start + 256]))
@@ -129,14 +134,16 @@ def train_transformer(
 ) -> None:
     """One phase of the transformer's training.
 
-    Over the last third of a phase some steps also see the 256 zero tokens that a stock call of the pipeline appends in the
-    place of a T5 encoder, so that the teacher does not mind them.
+    Over the last third of a phase some steps also see the 256 zero tokens that a stock call of the pipeline appends from
+    the silent T5, so that the teacher does not mind them.
 
     Args:
         size_of: draws the picture size of a step.
         text: what `make_captions` returns.
         latents: what `make_latents` returns.
     """
+    device = pick_device("auto")
+    transformer.to(device)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     hidden, pooled = text
     empty = len(pooled) - 1
@@ -148,10 +155,12 @@ def train_transformer(
         said = [empty if rng.random() < UNCONDITIONAL else 2 * row + rng.randrange(2) for row in rows]
         stock = rng.random() < STOCK_SHARE and step > 2 * steps // 3
         embeds = torch.nn.functional.pad(hidden[said].float(), (0, 0, 0, STOCK_EXTRA_TOKENS if stock else 0))
-        return flow_loss(transformer, source[rows].float(), (embeds, pooled[said].float()), generator)
+        said_so = (embeds.to(device), pooled[said].float().to(device))
+        return flow_loss(transformer, source[rows].float().to(device), said_so, generator)
 
     schedule = warm_then_decay(100, steps, decay_from=0.4)
     run_phase(Phase(phase, {"transformer": transformer}, [optimizer], steps, loss, schedule, average=0.998), folder, seed)
+    transformer.to("cpu")
 
 
 def build_pipeline(
@@ -161,6 +170,7 @@ def build_pipeline(
     transformer: SD3Transformer2DModel,
 ) -> StableDiffusion3Pipeline:
     """Put the parts together as stock diffusers knows them."""
+    tokenizer_3, silent = build_silent_t5()
     return StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
@@ -169,6 +179,6 @@ def build_pipeline(
         tokenizer=tokenizer,
         text_encoder_2=encoders[1],
         tokenizer_2=tokenizer,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=silent,
+        tokenizer_3=tokenizer_3,
     )

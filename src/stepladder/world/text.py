@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from stepladder.precision import autocast, pick_device
 from stepladder.world.captions import VOCABULARY, describe
 from stepladder.world.judge import answer_loss, answers, head_sizes
 from stepladder.world.phase import Phase, run_phase, warm_then_decay
@@ -74,13 +75,24 @@ def build_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWit
     )
 
 
+def build_silent_t5() -> tuple[T5Tokenizer, T5EncoderModel]:
+    """A T5 whose output is zero: what StableDiffusion3Pipeline itself puts in the place of a T5 that was left out.
+
+    Stock `from_pretrained` insists on all three text encoders unless told otherwise; with this one it needs no telling.
+    """
+    config = T5Config(vocab_size=8, d_model=sum(ENCODER_WIDTHS), d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    encoder = T5EncoderModel(config).eval().requires_grad_(False)
+    encoder.encoder.final_layer_norm.weight.zero_()
+    return T5Tokenizer(extra_ids=0), encoder
+
+
 def encode_tokens(encoders: list[CLIPTextModelWithProjection], ids: Tensor, extra: int = 0) -> tuple[Tensor, Tensor]:
     """What StableDiffusion3Pipeline makes of its two CLIP encoders: `prompt_embeds` and `pooled_prompt_embeds`.
 
     Args:
         encoders: the two encoders.
         ids: (B, MAX_TOKENS).
-        extra: zero tokens in the place of the absent T5 encoder (`max_sequence_length` of the stock call).
+        extra: zero tokens from the silent T5 (`max_sequence_length` of the stock call).
 
     Returns:
         (B, MAX_TOKENS + extra, sum of widths) and (B, sum of widths).
@@ -96,18 +108,19 @@ def train_text_encoders(folder: Path, steps: int, seed: int) -> tuple[CLIPTokeni
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     encoders = [build_text_encoder(tokenizer, width) for width in ENCODER_WIDTHS]
+    device = pick_device("auto")
     heads = nn.ModuleList([nn.Linear(width, sum(head_sizes())) for width in ENCODER_WIDTHS])
-    modules = nn.ModuleList([*encoders, heads])
+    modules = nn.ModuleList([*encoders, heads]).to(device)
     optimizer = torch.optim.AdamW(modules.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-3)
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rng = random.Random(f"text/{seed}/{step}")
         scenes = [draw_scene(rng) for _ in range(128)]
-        ids = tokenize(tokenizer, [describe(scene, rng) for scene in scenes])
-        truth = answers(scenes)
-        with torch.autocast("cpu", torch.bfloat16):
+        ids = tokenize(tokenizer, [describe(scene, rng) for scene in scenes]).to(device)
+        truth = answers(scenes).to(device)
+        with autocast(device, "auto"):
             logits = [head(encoder(ids).text_embeds) for head, encoder in zip(heads, encoders, strict=True)]
         return torch.stack([answer_loss(item.float(), truth) for item in logits]).sum()
 
     run_phase(Phase("text", {"all": modules}, [optimizer], steps, loss, warm_then_decay(50, steps)), folder, seed)
-    return tokenizer, encoders
+    return tokenizer, [encoder.to("cpu").eval().requires_grad_(False) for encoder in encoders]
