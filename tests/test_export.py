@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
 from conftest import tiny_recipe
 from stepladder.backbones import backbones, load_backbone
@@ -16,7 +17,7 @@ from stepladder.distillation import export_run
 from stepladder.errors import UserError
 from stepladder.evaluation.samplers import Sampler, sample
 from stepladder.export import LORA_FILE, fingerprint, load_student
-from stepladder.roles import STUDENT, Role
+from stepladder.roles import Role
 from stepladder.scheduler import LadderScheduler
 from stepladder.training.trainer import Run, train_update
 
@@ -40,7 +41,7 @@ def test_stock_diffusers_draws_the_students_image(exported):
     run, model, folder = exported
     student = load_student(folder)
     noise_seed = 7
-    sampler = Sampler(student.roles.student, student.ladder, 1.0, student.options)
+    sampler = Sampler(student.student, student.ladder, 1.0, student.options)
     conditioning = student.backbone.encode(["a red circle"])
     latents = sample(sampler, student.backbone, conditioning, student.backbone.encode([""]), [noise_seed], precision="fp32")
     ours = student.backbone.decode(latents)
@@ -126,9 +127,18 @@ def test_the_export_remembers_ladder_and_weights(exported):
     student = load_student(folder)
     assert [step.size for step in student.ladder.steps] == [step.size for step in run.ladder.steps]
     assert [step.timestep for step in student.ladder.steps] == pytest.approx([step.timestep for step in run.ladder.steps])
-    for name, parameter in student.roles.parameters(STUDENT).items():
-        torch.testing.assert_close(parameter.data, run.average[name])
     assert "load_lora_weights" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_student_alone_draws_the_same_with_half_the_memory(exported):
+    _, _, folder = exported
+    both, alone = load_student(folder), load_student(folder, with_teacher=False)
+    assert alone.teacher is None
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor(500.0)
+    conditioning = both.backbone.encode(["a"])
+    with torch.no_grad():
+        torch.testing.assert_close(both.student(x, t, conditioning).x0, alone.student(x, t, conditioning).x0)
+        assert not torch.equal(both.student(x, t, conditioning).x0, both.teacher(x, t, conditioning).x0)
 
 
 def test_a_student_of_another_base_is_refused(exported):
@@ -150,10 +160,19 @@ def test_truncated_missing_and_foreign_students_are_refused(exported, tmp_path):
     with pytest.raises(UserError, match="truncated"):
         load_student(folder)
     weights.write_bytes(data)
-    card = json.loads((folder / "stepladder.json").read_text(encoding="utf-8"))
-    card["lora_rank"] = 8
-    (folder / "stepladder.json").write_text(json.dumps(card), encoding="utf-8")
-    with pytest.raises(UserError, match="another model or rank"):
+    other = load_file(str(weights))
+    name = next(iter(other))
+    save_file({name.replace("transformer_blocks", "blocks"): tensor for name, tensor in other.items()}, str(weights))
+    with pytest.raises(UserError, match="does not fit its base"):
+        load_student(folder)
+    save_file({name: other[name]}, str(weights))
+    with pytest.raises(UserError, match="does not fit its base"):
+        load_student(folder)
+    (folder / "stepladder.json").write_text('{"model": "bundled"}', encoding="utf-8")
+    with pytest.raises(UserError, match="lacks fingerprint"):
+        load_student(folder)
+    (folder / "stepladder.json").write_text('{"model"', encoding="utf-8")
+    with pytest.raises(UserError, match="damaged"):
         load_student(folder)
     with pytest.raises(UserError, match="no exported student"):
         load_student(tmp_path)
@@ -191,5 +210,5 @@ def test_damaged_pipelines_are_refused(tmp_path, damage):
 
 def test_a_role_is_the_only_caller_of_a_network():
     backbone = backbones()["sd3"].tiny()
-    role = Role(backbone, backbone.network, lambda: None)
+    role = Role(backbone, backbone.network)
     assert role(torch.zeros(1, 4, 8, 8), torch.tensor(500.0), backbone.encode(["a"])).x0.shape == (1, 4, 8, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from stepladder.backbones import load_backbone
 from stepladder.backbones.base import Backbone
 from stepladder.errors import UserError
 from stepladder.ladder import Ladder
-from stepladder.roles import STUDENT, AdapterRoles, CopyRoles, Roles, load_parameters
+from stepladder.roles import Role, load_tensors
 from stepladder.scheduler import LadderScheduler
 from stepladder.storage import write_text
 from stepladder.world.paths import resolve_model
@@ -41,10 +43,11 @@ def fingerprint(network: nn.Module) -> str:
 
 @dataclass
 class Student:
-    """A student ready to sample: the backbone it belongs to, its roles, its ladder and the sampler's options."""
+    """A student ready to sample, its teacher beside it where wanted, its ladder and the sampler's options."""
 
     backbone: Backbone
-    roles: Roles
+    student: Role
+    teacher: Role | None
     ladder: Ladder
     options: dict[str, Any]
     card: dict[str, Any]
@@ -115,35 +118,73 @@ image = pipe(prompt, height={height}, width={width}, num_inference_steps={len(la
 """
 
 
-def load_student(folder: Path) -> Student:
-    """Load an exported student with its base model.
+def read_card(folder: Path) -> dict[str, Any]:
+    """The facts of an exported student.
 
     Raises:
-        UserError: the folder is no export, its base is missing or another, or its weights are truncated or do not fit.
+        UserError: the folder is no export, or its facts are damaged.
     """
     path = folder / CARD_FILE
     if not path.is_file():
         raise UserError(f"{folder} is no exported student (it has no {CARD_FILE}); point at a run's student folder")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        model, mode = card["model"], card["mode"]
-    except (ValueError, KeyError, TypeError) as error:
+        missing = {"model", "mode", "method", "fingerprint", "max_sequence_length", "guidance_scale"} - set(card)
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); export the student again") from error
-    backbone = load_backbone(resolve_model(model), card["max_sequence_length"])
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}; export the student again")
+    return card
+
+
+def load_student(folder: Path, with_teacher: bool = True) -> Student:
+    """Load an exported student, its adapters merged into the weights, so that it runs as fast as its base.
+
+    Args:
+        folder: what `export_student` wrote.
+        with_teacher: keep the base beside the student, at the price of a second network in memory.
+
+    Raises:
+        UserError: the folder is no export, its base is missing or another, or its weights are truncated or do not fit.
+    """
+    card = read_card(folder)
+    backbone = load_backbone(resolve_model(card["model"]), card["max_sequence_length"])
     actual = fingerprint(backbone.network)
     if actual != card["fingerprint"]:
-        raise UserError(f"this student was distilled from base {card['fingerprint']}, but {model} is {actual}; use its own base")
-    weights = folder / (LORA_FILE if mode == "lora" else f"transformer/{FULL_FILE}")
+        wanted = card["fingerprint"]
+        raise UserError(f"this student was distilled from base {wanted}, but {card['model']} is {actual}; use its own base")
+    weights = folder / (LORA_FILE if card["mode"] == "lora" else f"transformer/{FULL_FILE}")
     try:
         tensors = load_file(str(weights))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights} is missing or truncated ({error}); export the student again") from error
-    roles: Roles = AdapterRoles(backbone, card["lora_rank"]) if mode == "lora" else CopyRoles(backbone)
-    load_parameters(
-        roles, STUDENT, {name.removeprefix("transformer.") if mode == "lora" else name: t for name, t in tensors.items()}
-    )
+    network = copy.deepcopy(backbone.network) if with_teacher else backbone.network
+    if card["mode"] == "lora":
+        merge_lora(network, {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()})
+    else:
+        load_tensors(dict(network.named_parameters()), tensors)
     scheduler = LadderScheduler.from_pretrained(str(folder))
-    return Student(backbone, roles, scheduler.ladder(), scheduler.options(), card)
+    teacher = Role(backbone, backbone.network) if with_teacher else None
+    return Student(backbone, Role(backbone, network), teacher, scheduler.ladder(), scheduler.options(), card)
+
+
+def merge_lora(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Add B A to every weight that has an adapter; alpha equals rank, so its scale is 1.
+
+    Raises:
+        UserError: a matrix has no weight to go to, or none of its shape.
+    """
+    own = dict(network.named_parameters())
+    with torch.no_grad():
+        for name in sorted({key.split(".lora_")[0] for key in tensors}):
+            down, up, weight = (
+                tensors.get(f"{name}.lora_A.weight"),
+                tensors.get(f"{name}.lora_B.weight"),
+                own.get(f"{name}.weight"),
+            )
+            if down is None or up is None or weight is None or weight.shape != (up.shape[0], down.shape[1]):
+                raise UserError(f"this LoRA does not fit its base at {name}; it belongs to another model")
+            weight += up @ down
 
 
 def student_folder(path: Path) -> Path:

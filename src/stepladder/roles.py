@@ -27,14 +27,15 @@ TRAINED = (STUDENT, FAKE_SCORE)
 class Role:
     """A network in one of its roles: the only way in which methods call networks."""
 
-    def __init__(self, backbone: Backbone, network: nn.Module, enter: Callable[[], None]) -> None:
+    def __init__(self, backbone: Backbone, network: nn.Module, enter: Callable[[], None] | None = None) -> None:
         self.backbone = backbone
         self.network = network
         self.enter = enter
 
     def __call__(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Prediction:
         """Predict x0 and eps of `x`, (B, C, …), at a scalar or (B,) timestep on the clock of x's resolution."""
-        self.enter()
+        if self.enter is not None:
+            self.enter()
         return self.backbone.denoise(self.network, x, timestep.expand(len(x)), conditioning)
 
     def guided(
@@ -124,7 +125,7 @@ class CopyRoles:
                 network.enable_gradient_checkpointing()  # type: ignore[operator]
             self.networks[name] = network
         self.student, self.fake_score, self.teacher = (
-            Role(backbone, self.networks[name], lambda: None) for name in (STUDENT, FAKE_SCORE, TEACHER)
+            Role(backbone, self.networks[name]) for name in (STUDENT, FAKE_SCORE, TEACHER)
         )
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
@@ -133,12 +134,16 @@ class CopyRoles:
 
 
 def load_parameters(roles: Roles, role: str, tensors: dict[str, Tensor]) -> None:
-    """Copy saved tensors into a role's parameters.
+    """Copy saved tensors into a role's parameters; UserError where they do not fit."""
+    load_tensors(roles.parameters(role), tensors)
+
+
+def load_tensors(own: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Copy tensors into parameters of the same names.
 
     Raises:
         UserError: names or shapes belong to another model or another rank.
     """
-    own = roles.parameters(role)
     wrong = set(own) ^ set(tensors) or {name for name in own if own[name].shape != tensors[name].shape}
     if wrong:
         raise UserError(

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from stepladder.errors import UserError
 
@@ -18,6 +20,8 @@ def load_pipeline(kind: type[DiffusionPipeline], path: str | Path, **options: An
     Raises:
         UserError: weights are missing, truncated or pickled, or the folder's files do not fit together.
     """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         pipeline = kind.from_pretrained(str(path), use_safetensors=True, torch_dtype=torch.float32, **options)
     except Exception as error:

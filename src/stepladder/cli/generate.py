@@ -33,7 +33,7 @@ def command(
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not texts:
         raise UserError("give at least one --prompt, or a file with --prompts")
-    student = load_student(student_folder(run))
+    student = load_student(student_folder(run), with_teacher=sampler != "student")
     names = {"student": [student.card["method"]], "teacher": ["teacher"], "both": ["teacher", student.card["method"]]}[sampler]
     samplers = student_samplers(student, teacher_steps)
     conditioning, unconditional = student.backbone.encode(texts), student.backbone.encode([""])

@@ -102,12 +102,17 @@ def sample_many(
 
 
 def student_samplers(student: Student, teacher_steps: int) -> dict[str, Sampler]:
-    """The three that are compared: `teacher`, `naive` (the teacher's weights through the student's ladder), the student."""
-    backbone, roles = student.backbone, student.roles
+    """The three that are compared: `teacher`, `naive` (the teacher's weights through the student's ladder), the student.
+
+    A student loaded without its teacher is alone.
+    """
+    samplers = {student.card["method"]: Sampler(student.student, student.ladder, 1.0, student.options)}
+    if student.teacher is None:
+        return samplers
     scale = student.card["guidance_scale"]
-    full = full_resolution(backbone.teacher_timesteps(teacher_steps), student.ladder.size)
+    full = full_resolution(student.backbone.teacher_timesteps(teacher_steps), student.ladder.size)
     return {
-        "teacher": Sampler(roles.teacher, full, scale),
-        "naive": Sampler(roles.teacher, student.ladder, scale, student.options),
-        student.card["method"]: Sampler(roles.student, student.ladder, 1.0, student.options),
+        "teacher": Sampler(student.teacher, full, scale),
+        "naive": Sampler(student.teacher, student.ladder, scale, student.options),
+        **samplers,
     }

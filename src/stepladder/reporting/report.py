@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from torch import Tensor
 
 from stepladder.conditioning import Conditioning
-from stepladder.evaluation.samplers import sample
+from stepladder.evaluation.samplers import sample, student_samplers
 from stepladder.evaluation.tables import cells, headings
 from stepladder.evaluation.world import Exam
 from stepladder.export import Student
@@ -105,8 +105,6 @@ def _headline(material: Material, teacher: dict[str, Any], student: dict[str, An
 
 def _strip(material: Material, index: int) -> dict[str, Any]:
     """The states and predictions of one image's way up the ladder."""
-    from stepladder.evaluation.samplers import student_samplers
-
     student, exam = material.student, material.exam
     sampler = student_samplers(student, 1)[student.card["method"]]
     states: list[dict[str, Any]] = []

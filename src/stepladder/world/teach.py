@@ -35,7 +35,7 @@ LOW_SHARE = 0.15
 class Lessons:
     """How long each phase lasts, in updates, and how many renders the transformer sees."""
 
-    judge: int = 600
+    judge: int = 700
     autoencoder: int = 6000
     text: int = 800
     scenes: int = 32000
