@@ -37,6 +37,26 @@ def exported(tmp_path):
     return run, model, export_run(run, base, tmp_path / "student")
 
 
+CALL = {
+    "height": 16,
+    "width": 16,
+    "num_inference_steps": 4,
+    "guidance_scale": 1,
+    "max_sequence_length": 4,
+    "output_type": "pt",
+}
+
+
+def stock_pipeline(model, folder, lora):
+    """What the README tells users to write."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(str(model))
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(str(folder))
+    pipe.scheduler = LadderScheduler.from_pretrained(str(folder))
+    return pipe
+
+
 def test_stock_diffusers_draws_the_students_image(exported):
     run, model, folder = exported
     student = load_student(folder)
@@ -46,38 +66,13 @@ def test_stock_diffusers_draws_the_students_image(exported):
     latents = sample(sampler, student.backbone, conditioning, student.backbone.encode([""]), [noise_seed], precision="fp32")
     ours = student.backbone.decode(latents)
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(str(model))
-    pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(str(folder))
-    pipe.scheduler = LadderScheduler.from_pretrained(str(folder))
     start = student.ladder.steps[0].size
     noise = torch.randn((1, 4, *start), generator=torch.Generator().manual_seed(noise_seed))
-    theirs = pipe(
-        "a red circle",
-        latents=noise,
-        height=16,
-        width=16,
-        num_inference_steps=4,
-        guidance_scale=1,
-        max_sequence_length=4,
-        output_type="pt",
-    ).images
-    torch.testing.assert_close(theirs * 2 - 1, ours, rtol=0, atol=1e-4)
-
-    plain = StableDiffusion3Pipeline.from_pretrained(str(model))
-    plain.scheduler = LadderScheduler.from_pretrained(str(folder))
-    plain.set_progress_bar_config(disable=True)
-    without = plain(
-        "a red circle",
-        latents=noise,
-        height=16,
-        width=16,
-        num_inference_steps=4,
-        guidance_scale=1,
-        max_sequence_length=4,
-        output_type="pt",
-    ).images
-    assert (without - theirs).abs().max() > 1e-3
+    with_lora, without = (
+        stock_pipeline(model, folder, lora)("a red circle", latents=noise, **CALL).images for lora in (True, False)
+    )
+    torch.testing.assert_close(with_lora * 2 - 1, ours, rtol=0, atol=1e-4)
+    assert (without - with_lora).abs().max() > 1e-3
 
 
 def test_no_key_is_lost_on_the_way(exported):
@@ -94,19 +89,9 @@ def test_no_key_is_lost_on_the_way(exported):
 
 def test_the_drop_in_scheduler_repeats_itself_from_the_users_seed(exported):
     _, model, folder = exported
-    pipe = StableDiffusion3Pipeline.from_pretrained(str(model))
-    pipe.scheduler = LadderScheduler.from_pretrained(str(folder))
-    pipe.set_progress_bar_config(disable=True)
-    options = {
-        "height": 16,
-        "width": 16,
-        "num_inference_steps": 4,
-        "guidance_scale": 1,
-        "max_sequence_length": 4,
-        "output_type": "pt",
-    }
+    pipe = stock_pipeline(model, folder, lora=True)
     pipe.scheduler.register_to_config(mix=0.2)
-    first, second, other = (pipe("x", generator=torch.Generator().manual_seed(seed), **options).images for seed in (1, 1, 2))
+    first, second, other = (pipe("x", generator=torch.Generator().manual_seed(seed), **CALL).images for seed in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert first.shape[-1] == 32

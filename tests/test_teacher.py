@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from stepladder.backbones import load_backbone
 from stepladder.evaluation.samplers import Sampler, sample
-from stepladder.evaluation.world import load_judge, set_exam
+from stepladder.evaluation.world import examine, load_judge, set_exam
 from stepladder.images import to_pil
 from stepladder.ladder import full_resolution
 from stepladder.roles import CopyRoles
@@ -72,3 +72,12 @@ def test_the_teacher_draws_what_held_out_captions_say(length):
     verdict = judge_scenes(load_judge()(backbone.decode(latents))[0], exam.scenes)
     assert verdict.right.mean() >= 0.7
     assert verdict.colour.mean() >= 0.85
+
+
+@pytest.mark.slow
+def test_the_teacher_reaches_nine_in_ten_on_held_out_captions():
+    backbone = load_backbone(TEACHER, 1)
+    exam = set_exam(backbone, 512, seed=0)
+    ladder = full_resolution(backbone.teacher_timesteps(28), (16, 16))
+    figures, _ = examine(Sampler(CopyRoles(backbone).teacher, ladder, 4.0), backbone, exam)
+    assert figures["prompt_accuracy"] >= 0.90

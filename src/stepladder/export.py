@@ -20,6 +20,7 @@ from stepladder.backbones import load_backbone
 from stepladder.backbones.base import Backbone
 from stepladder.errors import UserError
 from stepladder.ladder import Ladder
+from stepladder.precision import pick_device
 from stepladder.roles import Role, load_tensors
 from stepladder.scheduler import LadderScheduler
 from stepladder.storage import write_text
@@ -158,6 +159,7 @@ def load_student(folder: Path, with_teacher: bool = True) -> Student:
         tensors = load_file(str(weights))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights} is missing or truncated ({error}); export the student again") from error
+    backbone.to(pick_device("auto"))
     network = copy.deepcopy(backbone.network) if with_teacher else backbone.network
     if card["mode"] == "lora":
         merge_lora(network, {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()})
@@ -184,7 +186,7 @@ def merge_lora(network: nn.Module, tensors: dict[str, Tensor]) -> None:
             )
             if down is None or up is None or weight is None or weight.shape != (up.shape[0], down.shape[1]):
                 raise UserError(f"this LoRA does not fit its base at {name}; it belongs to another model")
-            weight += up @ down
+            weight += (up @ down).to(weight.device, weight.dtype)
 
 
 def student_folder(path: Path) -> Path:

@@ -43,14 +43,14 @@ def renoise(
     """
     # RMD Eq. 10
     x0, eps = prediction.x0, prediction.eps
-    weight = torch.as_tensor(mix, dtype=x0.dtype, device=x0.device)
+    weight = torch.as_tensor(mix, dtype=x0.dtype)
     noise = torch.zeros((), dtype=x0.dtype, device=x0.device)
     if bool((weight > 0).any()):
-        noise = spread(weight, x0) * resize(eps, size, mode)
+        noise = spread(weight, x0).to(x0.device) * resize(eps, size, mode)
         if preserve_variance and tuple(eps.shape[2:]) != tuple(size):
             noise = noise / noise_gain(tuple(eps.shape[2:]), tuple(size), mode) ** 0.5
     if bool((weight < 1).any()):
-        noise = noise + spread((1 - weight**2).sqrt(), x0) * gaussian((*x0.shape[:2], *size), generator, x0)
+        noise = noise + spread((1 - weight**2).sqrt(), x0).to(x0.device) * gaussian((*x0.shape[:2], *size), generator, x0)
     t = timestep.to(x0.device)
     return spread(process.alpha(t).to(x0.dtype), x0) * resize(x0, size, mode) + spread(process.sigma(t).to(x0.dtype), x0) * noise
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from stepladder.conditioning import Conditioning
@@ -30,6 +31,9 @@ class Backbone(Protocol):
     @classmethod
     def tiny(cls) -> Backbone:
         """The same classes at toy size with random weights, built offline."""
+
+    def to(self, device: torch.device) -> None:
+        """Move network, text encoders and VAE."""
 
     @property
     def latent_channels(self) -> int:

@@ -92,6 +92,10 @@ class SD3:
             module.eval().requires_grad_(False)
         return cls(pipeline, "tiny-sd3", max_sequence_length=4)
 
+    def to(self, device: torch.device) -> None:
+        """Move network, text encoders and VAE."""
+        self.pipeline.to(device)
+
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -19,22 +21,29 @@ class MetricLog:
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= update]
             write_text(self.path, "".join(line + "\n" for line in kept))
-        try:
+        with self._explained():
             self.file = self.path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error}; choose a folder you may write to") from error
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}; free some space, then --resume") from error
 
     def write(self, update: int, figures: dict[str, float]) -> None:
         """Log the figures of one update."""
-        self.file.write(json.dumps({"update": update, **{name: round(value, 6) for name, value in figures.items()}}) + "\n")
-        for name, value in figures.items():
-            self.board.add_scalar(name, value, update)
+        with self._explained():
+            self.file.write(json.dumps({"update": update, **{name: round(value, 6) for name, value in figures.items()}}) + "\n")
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, update)
 
     def flush(self) -> None:
         """Hand everything to the disk."""
-        self.file.flush()
-        self.board.flush()
+        with self._explained():
+            self.file.flush()
+            self.board.flush()
 
     def close(self) -> None:
         """Flush and close."""

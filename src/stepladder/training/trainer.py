@@ -59,10 +59,10 @@ class Run:
         training = recipe.training
         device = pick_device(training.device)
         ladder = recipe.ladder.build(backbone)
+        backbone.to(device)
         texts = read_prompts(recipe.data.prompts)
         parts = [backbone.encode(texts[start : start + 64]) for start in range(0, len(texts), 64)]
         prompts = PromptCache(type(parts[0]).cat(parts), backbone.encode([""]), training.seed)
-        backbone.network.to(device)
         roles = build_roles(backbone, recipe)
         rates = {STUDENT: training.student_learning_rate, FAKE_SCORE: training.fake_score_learning_rate}
         optimizers: dict[str, torch.optim.Optimizer] = {
