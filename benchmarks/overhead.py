@@ -17,22 +17,25 @@ from pathlib import Path
 
 import torch
 
+from stepladder.backbones.base import Backbone
 from stepladder.distillation import load_model
-from stepladder.evaluation.samplers import Sampler, sample
-from stepladder.precision import autocast
-from stepladder.roles import FAKE_SCORE, STUDENT
+from stepladder.ladder import Ladder
+from stepladder.precision import autocast, synchronize
+from stepladder.roles import FAKE_SCORE, STUDENT, Role
+from stepladder.samplers import Sampler, sample
 from stepladder.training.recipe import load_recipe
 from stepladder.training.trainer import Run, train_update
 
 ROOT = Path(__file__).parent.parent
 
 
-def sampler_overhead(run: Run, batch: int, rounds: int) -> dict[str, float]:
-    """The sampler's own share: seconds outside the network while it samples, over all seconds."""
-    conditioning = run.prompts.batch(0, batch)
-    sampler = Sampler(run.roles.student, run.ladder, 1.0, run.method.sampler_options())
+def sampler_overhead(backbone: Backbone, ladder: Ladder, batch: int, rounds: int) -> dict[str, float]:
+    """The sampler's own share: seconds outside the network while it samples, over all seconds; no adapters, as when exported."""
+    conditioning, unconditional = backbone.encode(["a small red star top left on gray"] * batch), backbone.encode([""])
+    network = backbone.network
+    sampler = Sampler(Role(backbone, network), ladder, 1.0, {"mix": 0.5})
+    device = next(network.parameters()).device
     inside: list[float] = []
-    network = run.roles.student.network
     inner = network.forward
 
     def timed(*arguments: object, **options: object) -> object:
@@ -40,6 +43,7 @@ def sampler_overhead(run: Run, batch: int, rounds: int) -> dict[str, float]:
         try:
             return inner(*arguments, **options)
         finally:
+            synchronize(device)
             inside.append(time.perf_counter() - began)
 
     network.forward = timed  # type: ignore[method-assign]
@@ -47,7 +51,8 @@ def sampler_overhead(run: Run, batch: int, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         inside.clear()
         began = time.perf_counter()
-        sample(sampler, run.backbone, conditioning, run.prompts.unconditional, list(range(batch)))
+        sample(sampler, backbone, conditioning, unconditional, list(range(batch)))
+        synchronize(device)
         total = time.perf_counter() - began
         shares.append(1 - sum(inside) / total)
         totals.append(total)
@@ -58,11 +63,14 @@ def sampler_overhead(run: Run, batch: int, rounds: int) -> dict[str, float]:
 def training_overhead(run: Run, rounds: int) -> dict[str, float]:
     """An update against its own passes: same networks, same shapes, same order, no method and no bookkeeping."""
     training = run.recipe.training
-    conditioning = run.prompts.batch(0, training.batch_size)
-    empty = run.prompts.unconditional.expand(training.batch_size)
+    conditioning = run.prompts.batch(0, training.batch_size).to(run.device)
+    empty = run.prompts.unconditional.to(run.device).expand(training.batch_size)
     roles, ladder = run.roles, run.ladder
     state = torch.Generator()
-    shapes = {step.size: torch.randn(training.batch_size, run.backbone.latent_channels, *step.size) for step in ladder.steps}
+    shapes = {
+        step.size: torch.randn(training.batch_size, run.backbone.latent_channels, *step.size, device=run.device)
+        for step in ladder.steps
+    }
     parameters = {role: list(roles.parameters(role).values()) for role in (STUDENT, FAKE_SCORE)}
 
     def passes(update: int) -> None:
@@ -70,7 +78,7 @@ def training_overhead(run: Run, rounds: int) -> dict[str, float]:
         stage = int(torch.randint(run.method.stages_at(10**9), (), generator=state))
         choices = ladder.steps_of(stage)
         index = choices[int(torch.randint(len(choices), (), generator=state))]
-        t = torch.tensor(500.0)
+        t = torch.tensor(500.0, device=run.device)
         with autocast(run.device, training.precision):
             with torch.no_grad():
                 for step in ladder.steps[:index]:
@@ -91,10 +99,12 @@ def training_overhead(run: Run, rounds: int) -> dict[str, float]:
     for update in range(-1, rounds):
         began = time.perf_counter()
         passes(update)
+        synchronize(run.device)
         middle = time.perf_counter()
         run.generator.manual_seed(update)
         run.update = 10**6 + update
         train_update(run)
+        synchronize(run.device)
         if update >= 0:
             bare.append(middle - began)
             whole.append(time.perf_counter() - middle)
@@ -108,14 +118,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     recipe = load_recipe(ROOT / "recipes" / "bundled-rmd.yaml", [f"training.batch_size={options.batch}"])
-    run = Run.start(recipe, load_model(recipe))
+    backbone = load_model(recipe)
+    ladder = recipe.ladder.build(backbone)
     result = {
         "command": f"python benchmarks/overhead.py --rounds {options.rounds} --batch {options.batch}",
-        "sampler": [sampler_overhead(run, batch, options.rounds) for batch in (1, options.batch)],
-        "training": training_overhead(run, options.rounds),
+        "sampler": [sampler_overhead(backbone, ladder, batch, options.rounds) for batch in (1, options.batch)],
+        "training": training_overhead(Run.start(recipe, backbone), options.rounds),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}",
     }
-    (ROOT / "benchmarks" / "results" / "overhead.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    target = ROOT / "benchmarks" / "results" / "overhead.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

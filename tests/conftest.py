@@ -30,7 +30,7 @@ def tiny_recipe(folder: Path, **training: object) -> Recipe:
     prompts.write_text("a red circle\na blue square\na green star\n", encoding="utf-8")
     return parse_recipe(
         {
-            "model": {"path": "tiny", "max_sequence_length": 4},
+            "model": {"path": "bundled", "max_sequence_length": 4},
             "ladder": {"sizes": [[16, 16], [32, 32]], "steps": 4, "spacing": 3.0, "thresholds": [-2.5]},
             "method": {"name": "rmd", "warmup_steps": 1},
             "roles": {"mode": "lora", "lora_rank": 4},

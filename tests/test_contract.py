@@ -9,11 +9,11 @@ import torch
 
 from conftest import tiny_recipe
 from stepladder.backbones import backbones
-from stepladder.evaluation.samplers import Sampler, sample
 from stepladder.ladder import build_ladder, spaced_timesteps
 from stepladder.methods import methods
 from stepladder.processes import spread
 from stepladder.roles import FAKE_SCORE, STUDENT
+from stepladder.samplers import Sampler, sample
 from stepladder.training.trainer import Run, train_update
 
 PAIRS = [(method, backbone) for method in sorted(methods()) for backbone in sorted(backbones())]

@@ -38,9 +38,15 @@ def test_demo_then_generate_evaluate_export(tmp_path):
     assert again.returncode == 2
     assert "finished demo" in again.stderr
 
+    done = command("evaluate", str(out / "run"), "--count", "16", "--teacher-steps", "2", "--json")
+    assert json.loads(done.stdout) == json.loads((out / "run" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
+    assert json.loads(done.stdout)["samplers"]["rmd"]["prompt_accuracy"] == figures["rmd"]["prompt_accuracy"]
+
     exported = tmp_path / "elsewhere"
     assert command("export", str(out / "run"), "--out", str(exported)).returncode == 0
-    done = command("generate", str(exported), "--prompt", "a red star top left on gray", "--out", str(tmp_path / "images"))
+    done = command(
+        "generate", str(exported), "--prompt", "a red star top left on gray", "--sampler", "both", "--out", str(tmp_path / "images")
+    )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["0000-0.png"]
 

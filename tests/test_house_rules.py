@@ -13,7 +13,7 @@ SOURCE = ROOT / "src" / "stepladder"
 
 FLOORS = [
     ["__init__", "errors", "prediction", "conditioning"],
-    ["storage", "progress", "images", "precision"],
+    ["storage", "progress", "images", "precision", "fingerprint"],
     ["processes", "resample"],
     ["ladder", "renoise"],
     ["sampling"],
@@ -21,7 +21,7 @@ FLOORS = [
     ["world"],
     ["backbones"],
     ["roles", "planning"],
-    ["methods", "data"],
+    ["methods", "data", "samplers"],
     ["training", "export"],
     ["evaluation", "distillation"],
     ["reporting"],
@@ -38,7 +38,9 @@ def part_of(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stepladder."):
+        if isinstance(node, ast.ImportFrom) and node.module == "stepladder":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("stepladder."):
             found.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
             found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("stepladder.")}
@@ -68,18 +70,28 @@ def test_the_index_has_entries():
 
 
 @pytest.mark.parametrize("entry", INDEX, ids=lambda entry: f"{entry[0].strip()}-{entry[2]}")
+def named_nodes(tree: ast.Module) -> dict[str, ast.AST]:
+    """Functions, classes, methods (as Class.method) and module constants."""
+    found: dict[str, ast.AST] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = node
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{item.name}": item for item in node.body if isinstance(item, ast.FunctionDef)}
+        if isinstance(node, ast.Assign):
+            found |= {target.id: node for target in node.targets if isinstance(target, ast.Name)}
+    return found
+
+
+@pytest.mark.parametrize("entry", INDEX, ids=lambda entry: f"{entry[0].strip()}-{entry[2]}")
 def test_every_equation_is_where_the_index_says(entry):
     label, file, name = (part.strip() for part in entry)
     text = (SOURCE / file).read_text(encoding="utf-8")
-    assert label in text, f"{file} does not name {label}"
-    definitions = {node.name: node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))} | {
-        target.id: node
-        for node in ast.parse(text).body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    assert name.split(".")[-1] in definitions
+    nodes = named_nodes(ast.parse(text))
+    assert name in nodes, f"{file} defines no {name}"
+    node = nodes[name]
+    lines = text.splitlines()[max(0, node.lineno - 2) : node.end_lineno]
+    assert re.search(rf"{re.escape(label)}(?!\d)", "\n".join(lines)), f"{name} in {file} does not name {label}"
 
 
 def test_every_equation_in_the_code_is_in_the_index():

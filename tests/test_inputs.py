@@ -11,6 +11,7 @@ import yaml
 
 from conftest import tiny_recipe
 from stepladder.backbones.sd3 import SD3
+from stepladder.cli.main import _register, app, main
 from stepladder.data.prompts import PromptCache, read_prompts
 from stepladder.errors import UserError
 from stepladder.training.recipe import load_recipe
@@ -37,11 +38,11 @@ def recipe_file(folder: Path, **changes: object) -> Path:
     [
         ({"training__updats": 3}, "unknown key training.updats; did you mean updates?"),
         ({"methd": {}}, "unknown key methd; did you mean method?"),
-        ({"method": {"name": "rmd", "alfa": 0.1}}, "alfa"),
+        ({"method": {"name": "rmd", "alfa": 0.1}}, "unknown key method.alfa; did you mean alpha?"),
         ({"method": {"name": "rdm"}}, "unknown method 'rdm'; known methods: rmd"),
         ({"training__updates": "many"}, "training.updates"),
         ({"training__batch_size": 0}, "training.batch_size"),
-        ({"method": {"name": "rmd", "alpha": 1.5}}, "alpha"),
+        ({"method": {"name": "rmd", "alpha": 1.5}}, "method.alpha: Input should be less than or equal to 1"),
         ({"ladder__sizes": None}, "ladder.sizes"),
         ({"roles__mode": "loras"}, "roles.mode"),
     ],
@@ -139,15 +140,53 @@ def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["distill", "RECIPE", "--out", "OCCUPIED"],
+        ["distill", "RECIPE", "--out", "FILE/run"],
+        ["distill", "RECIPE", "--out", "NEW", "--resume"],
+        ["distill", "RECIPE", "--out", "NEW", "--set", "ladder.sizes=[[32,32],[16,16]]"],
+        ["distill", "RECIPE", "--out", "NEW", "--set", "ladder.thresholds=[9.0]"],
+        ["distill", "RECIPE", "--out", "NEW", "--set", "data.prompts=empty.txt"],
+        ["distill", "RECIPE", "--out", "NEW", "--set", "training.updates=many"],
+        ["generate", "NEW", "--prompt", "a"],
+        ["generate", "NEW"],
+        ["evaluate", "NEW"],
+        ["export", "NEW"],
+        ["demo", "--out", "OCCUPIED"],
+        ["plan", "NEW"],
+        ["teach", "--work", "NEW", "--out", "OCCUPIED"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_answers_bad_input_with_one_sentence_and_2(tmp_path, monkeypatch, capsys, arguments):
+    model = tmp_path / "model"
+    SD3.tiny().pipeline.save_pretrained(str(model))
+    recipe = recipe_file(tmp_path, model__path=str(model))
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    places = {"RECIPE": recipe, "OCCUPIED": tmp_path / "occupied", "NEW": tmp_path / "new"}
+    line = [str(places.get(item, item)).replace("FILE", str(tmp_path / "file")) for item in arguments]
+    monkeypatch.setattr(sys, "argv", ["stepladder", *line])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = [text for text in capsys.readouterr().err.splitlines() if text.startswith("stepladder:")]
+    assert stopped.value.code == 2
+    assert len(said) == 1
+    assert [path.name for path in (tmp_path / "occupied").iterdir()] == ["thesis.txt"]
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", ["demo", "plan", "distill", "generate", "evaluate", "export", "teach"])
 def test_every_command_has_help_with_an_example(name):
     from typer.testing import CliRunner
 
-    from stepladder.cli import main
-
-    if not main.app.registered_commands:
-        main._register()
-    shown = CliRunner().invoke(main.app, [name, "--help"])
+    _register()
+    shown = CliRunner().invoke(app, [name, "--help"])
     assert shown.exit_code == 0
     assert "Example: stepladder" in shown.stdout
 

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 
 from stepladder.backbones import load_backbone
-from stepladder.evaluation.samplers import Sampler, sample
 from stepladder.evaluation.world import examine, load_judge, set_exam
 from stepladder.images import to_pil
 from stepladder.ladder import full_resolution
 from stepladder.roles import CopyRoles
+from stepladder.samplers import Sampler, sample
 from stepladder.world.judge import judge_scenes
 from stepladder.world.paths import BUNDLED, TEACHER
 

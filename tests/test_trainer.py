@@ -18,28 +18,11 @@ from conftest import tiny_recipe
 from stepladder.backbones import backbones
 from stepladder.distillation import export_run
 from stepladder.errors import UserError
-from stepladder.export import fingerprint
+from stepladder.methods import methods
 from stepladder.roles import STUDENT
-from stepladder.storage import load_tree, save_tree
+from stepladder.storage import load_tree, replace_folder, save_tree, write_text
 from stepladder.training.logs import read_metrics
-from stepladder.training.trainer import Run, checkpoints, latest_state, open_folder, train, train_update
-
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from conftest import tiny_recipe
-from stepladder.backbones import backbones
-from stepladder.training.trainer import Run, checkpoints, latest_state, train
-folder = Path(sys.argv[1])
-recipe = tiny_recipe(folder, updates=40, checkpoint_every=3, batch_size=2, sample_every=1000)
-run = Run.start(recipe, backbones()["sd3"].tiny())
-if checkpoints(folder):
-    run.restore(*latest_state(folder))
-train(run, folder)
-"""
+from stepladder.training.trainer import RECIPE_FILE, Run, check_folder, checkpoints, latest_state, train, train_update
 
 
 def start(folder: Path, **training) -> Run:
@@ -51,46 +34,62 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{role}/{name}": tensor for role, own in state["weights"].items() for name, tensor in own.items()} | state["average"]
 
 
+def distill_command(recipe: Path, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "stepladder.cli.main", "distill", str(recipe), "--out", str(out), *more]
+
+
+def newest(folder: Path) -> str:
+    return max((path.name for path in folder.glob("checkpoints/*.safetensors")), default="")
+
+
 def test_sigkill_at_random_moments_then_resume_is_bit_for_bit(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)), encoding="utf-8")
+    model, recipe_file = tmp_path / "model", tmp_path / "recipe.yaml"
+    backbones()["sd3"].tiny().pipeline.save_pretrained(str(model))
+    recipe = tiny_recipe(tmp_path, updates=60, checkpoint_every=4, sample_every=1000)
+    recipe.model.path = str(model)
+    recipe_file.write_text(recipe.to_yaml(), encoding="utf-8")
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
-    quiet.mkdir()
-    killed.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(script), str(quiet)], check=True, capture_output=True, env=environment, timeout=300)
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(3):
-        process = subprocess.Popen([sys.executable, str(script), str(killed)], stderr=subprocess.DEVNULL, env=environment)
-        before = len(list(killed.glob("checkpoints/*")))
-        deadline = time.monotonic() + 120
-        while process.poll() is None and len(list(killed.glob("checkpoints/*"))) == before < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(moments.uniform(0.0, 0.6))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(distill_command(recipe_file, quiet), check=True, timeout=300, **options)
+    moments, killed_at = random.Random(0), []
+    for round_ in range(2):
+        process = subprocess.Popen(distill_command(recipe_file, killed, *(["--resume"] if round_ else [])), **options)
+        before, deadline = newest(killed), time.monotonic() + 120
+        while process.poll() is None and newest(killed) == before and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0.0, 0.15))
+        process.send_signal(signal.SIGKILL)
         process.wait()
-    subprocess.run([sys.executable, str(script), str(killed)], check=True, capture_output=True, env=environment, timeout=300)
-    assert kills > 0
+        killed_at.append(latest_state(killed)[0]["update"])
+    assert all(0 < update < 60 for update in killed_at), killed_at
+    subprocess.run(distill_command(recipe_file, killed, "--resume"), check=True, timeout=300, **options)
     expected, got = weights(quiet), weights(killed)
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
-    updates = [row["update"] for row in read_metrics(killed)]
-    assert updates == list(range(1, 41))
+    assert [row["update"] for row in read_metrics(killed)] == list(range(1, 61))
+    for path in (quiet / "student").rglob("*.safetensors"):
+        assert path.read_bytes() == (killed / "student" / path.relative_to(quiet / "student")).read_bytes()
 
 
-def test_trajectory_is_the_committed_one(tmp_path):
+TRAJECTORIES = Path(__file__).parent / "trajectories.json"
+PAIRS = [f"{method}/{backbone}" for method in sorted(methods()) for backbone in sorted(backbones())]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_trajectory_is_the_committed_one(tmp_path, pair):
     """A refactoring that changes numbers is seen here; regenerate with `python tests/test_trainer.py`."""
-    committed = json.loads((Path(__file__).parent / "trajectories.json").read_text(encoding="utf-8"))
-    assert trajectory(tmp_path) == pytest.approx(committed["rmd/sd3"], rel=2e-3)
+    committed = json.loads(TRAJECTORIES.read_text(encoding="utf-8"))
+    assert pair in committed, "commit this pair's trajectory: python tests/test_trainer.py"
+    assert trajectory(tmp_path, pair) == pytest.approx(committed[pair], rel=2e-3)
 
 
-def trajectory(folder: Path) -> list[float]:
+def trajectory(folder: Path, pair: str) -> list[float]:
     torch.set_num_threads(1)
-    run = start(folder, updates=6)
+    method, backbone = pair.split("/")
+    recipe = tiny_recipe(folder)
+    recipe.method = methods()[method].Config(name=method).model_dump(mode="json")
+    run = Run.start(recipe, backbones()[backbone].tiny())
     values = []
     for _ in range(6):
         figures = train_update(run)
@@ -124,47 +123,89 @@ def test_nan_stops_with_the_update_and_keeps_the_last_good_checkpoint(tmp_path):
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+def test_a_checkpoint_of_another_recipe_model_or_prompts_is_refused(tmp_path):
     train(start(tmp_path, updates=1), tmp_path)
     state, path = latest_state(tmp_path)
     with pytest.raises(UserError, match="another recipe"):
-        start(tmp_path, updates=1, student_learning_rate=5e-4).restore(state, path)
-    start(tmp_path, updates=9).restore(state, path)
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    train(start(tmp_path, updates=1), tmp_path)
-    state, path = latest_state(tmp_path)
+        start(tmp_path, updates=1, max_grad_norm=2.0).restore(state, path)
+    with pytest.raises(UserError, match="another model"):
+        start(tmp_path, updates=1).restore({**state, "base": "0"}, path)
+    with pytest.raises(UserError, match="another prompts"):
+        start(tmp_path, updates=1).restore({**state, "prompts": "0"}, path)
     name = next(iter(state["weights"][STUDENT]))
-    state["weights"][STUDENT][name] = torch.zeros(1)
+    broken = {**state, "weights": {**state["weights"], STUDENT: {**state["weights"][STUDENT], name: torch.zeros(1)}}}
     with pytest.raises(UserError, match="another model or rank"):
-        start(tmp_path, updates=1).restore(state, path)
+        start(tmp_path, updates=1).restore(broken, path)
+
+
+def test_a_resumed_run_may_train_longer_at_another_rate(tmp_path):
+    train(start(tmp_path, updates=1), tmp_path)
+    run = start(tmp_path, updates=9, student_learning_rate=5e-4)
+    run.restore(*latest_state(tmp_path))
+    assert run.update == 1
+    assert run.optimizers[STUDENT].param_groups[0]["lr"] == 5e-4
+
+
+def test_an_unreadable_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
+    train(start(tmp_path, updates=4, checkpoint_every=2), tmp_path)
+    newest = checkpoints(tmp_path)[-1]
+    newest.write_bytes(newest.read_bytes()[:500])
+    state, path = latest_state(tmp_path)
+    assert (state["update"], path) == (2, checkpoints(tmp_path)[0])
+
+
+def test_every_extra_fake_score_update_sees_fresh_samples(tmp_path):
+    run = start(tmp_path)
+    run.method.config.fake_updates = 3
+    seen = []
+    inner = run.method.fake_score_loss
+    run.method.fake_score_loss = lambda roles, sample: seen.append(sample) or inner(roles, sample)
+    train_update(run)
+    assert len(seen) == 3
+    assert len({tuple(sample.timestep.tolist()) for sample in seen}) == 3
 
 
 def test_folders_that_hold_something_else_are_refused(tmp_path):
     recipe = tiny_recipe(tmp_path)
     run = tmp_path / "run"
-    open_folder(run, recipe, resume=False)
+    check_folder(run, recipe, resume=False)
+    write_text(run / RECIPE_FILE, recipe.to_yaml())
     with pytest.raises(UserError, match="already holds a run"):
-        open_folder(run, recipe, resume=False)
-    open_folder(run, recipe, resume=True)
+        check_folder(run, recipe, resume=False)
+    check_folder(run, recipe, resume=True)
+    check_folder(run, tiny_recipe(tmp_path, updates=99, student_learning_rate=1e-5), resume=True)
+    with pytest.raises(UserError, match="another recipe"):
+        check_folder(run, tiny_recipe(tmp_path, seed=5), resume=True)
+    with pytest.raises(UserError, match="no run to resume"):
+        check_folder(tmp_path / "new", recipe, resume=True)
+    with pytest.raises(UserError, match="no checkpoint"):
+        latest_state(run)
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="holds no run"):
-        open_folder(other, recipe, resume=False)
-    with pytest.raises(UserError, match="another recipe"):
-        open_folder(run, tiny_recipe(tmp_path, seed=5), resume=True)
-    with pytest.raises(UserError, match="no run to resume"):
-        open_folder(tmp_path / "new", recipe, resume=True)
-    with pytest.raises(UserError, match="no checkpoint"):
-        latest_state(run)
+        check_folder(other, recipe, resume=False)
+    with pytest.raises(UserError, match="holds something else"):
+        replace_folder(run, other, RECIPE_FILE)
+    assert (other / "thesis.txt").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match="cannot write"):
-        open_folder(tmp_path / "file" / "run", tiny_recipe(tmp_path), resume=False)
+        write_text(tmp_path / "file" / "run" / RECIPE_FILE, "x")
+    with pytest.raises(UserError, match="choose another folder"):
+        check_folder(tmp_path / "file", tiny_recipe(tmp_path), resume=False)
+
+
+def test_a_replaced_folder_is_whole(tmp_path):
+    old, new = tmp_path / "student", tmp_path / "student.tmp"
+    for folder, text in ((old, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "card").write_text(text, encoding="utf-8")
+    replace_folder(new, old, "card")
+    assert (old / "card").read_text(encoding="utf-8") == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -199,11 +240,9 @@ def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
 def test_an_exported_full_student_holds_the_whole_network(tmp_path):
     recipe = tiny_recipe(tmp_path)
     recipe.roles.mode = "full"
-    backbone = backbones()["sd3"].tiny()
-    base = fingerprint(backbone.network)
-    run = Run.start(recipe, backbone)
+    run = Run.start(recipe, backbones()["sd3"].tiny())
     train_update(run)
-    folder = export_run(run, base, tmp_path / "student")
+    folder = export_run(run, tmp_path / "student")
     from diffusers import SD3Transformer2DModel
 
     network = SD3Transformer2DModel.from_pretrained(str(folder), subfolder="transformer")
@@ -215,5 +254,5 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
-        values = {"rmd/sd3": [round(value, 6) for value in trajectory(Path(scratch))]}
-    (Path(__file__).parent / "trajectories.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        values = {pair: [round(value, 6) for value in trajectory(Path(scratch), pair)] for pair in PAIRS}
+    TRAJECTORIES.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -8,11 +8,12 @@ from typing import Any
 from stepladder.backbones import load_backbone
 from stepladder.backbones.base import Backbone
 from stepladder.data.prompts import read_prompts
-from stepladder.export import export_student, fingerprint
+from stepladder.export import export_student
 from stepladder.planning import plan_ladder
 from stepladder.scheduler import LadderScheduler
+from stepladder.storage import write_text
 from stepladder.training.recipe import Recipe
-from stepladder.training.trainer import Run, checkpoints, latest_state, open_folder, train
+from stepladder.training.trainer import RECIPE_FILE, Run, check_folder, checkpoints, latest_state, train
 from stepladder.world.paths import resolve_model
 
 
@@ -22,25 +23,27 @@ def load_model(recipe: Recipe) -> Backbone:
 
 
 def distill(recipe: Recipe, folder: Path, resume: bool = False) -> Path:
-    """Train a recipe in `folder` and export the averaged student to `folder/student`, whose path is returned."""
-    open_folder(folder, recipe, resume)
-    backbone = load_model(recipe)
-    base = fingerprint(backbone.network)
-    run = Run.start(recipe, backbone)
+    """Train a recipe in `folder` and export the averaged student to `folder/student`, whose path is returned.
+
+    Nothing is written before model, ladder and prompts have proven usable.
+    """
+    check_folder(folder, recipe, resume)
+    run = Run.start(recipe, load_model(recipe))
     if checkpoints(folder):
         run.restore(*latest_state(folder))
+    write_text(folder / RECIPE_FILE, recipe.to_yaml())
     train(run, folder)
-    return export_run(run, base, folder / "student")
+    return export_run(run, folder / "student")
 
 
-def export_run(run: Run, base: str, folder: Path) -> Path:
+def export_run(run: Run, folder: Path) -> Path:
     """Export a run's averaged student."""
     recipe, ladder = run.recipe, run.ladder
     options: dict[str, Any] = run.method.sampler_options()
     scheduler = LadderScheduler.of(ladder, **options)
     card = {
         "model": recipe.model.path,
-        "fingerprint": base,
+        "fingerprint": run.base,
         "max_sequence_length": recipe.model.max_sequence_length,
         "lora_rank": recipe.roles.lora_rank,
         "method": recipe.method["name"],

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +17,18 @@ from torch import Tensor, nn
 from stepladder.backbones import load_backbone
 from stepladder.backbones.base import Backbone
 from stepladder.errors import UserError
-from stepladder.ladder import Ladder
+from stepladder.fingerprint import fingerprint
+from stepladder.ladder import Ladder, full_resolution
 from stepladder.precision import pick_device
 from stepladder.roles import Role, load_tensors
+from stepladder.samplers import Sampler
 from stepladder.scheduler import LadderScheduler
-from stepladder.storage import write_text
+from stepladder.storage import check_replaceable, replace_folder, write_text
 from stepladder.world.paths import resolve_model
 
 CARD_FILE = "stepladder.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 FULL_FILE = "diffusion_pytorch_model.safetensors"
-FINGERPRINT_VALUES = 64
-
-
-def fingerprint(network: nn.Module) -> str:
-    """A hash of a network's architecture and the first values of each of its own tensors; adapters do not count."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        if "lora_" not in name:
-            digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten()[:FINGERPRINT_VALUES].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass
@@ -52,6 +41,19 @@ class Student:
     ladder: Ladder
     options: dict[str, Any]
     card: dict[str, Any]
+
+    def samplers(self, teacher_steps: int) -> dict[str, Sampler]:
+        """`teacher`, `naive` (its weights through the student's ladder) and the student, which is alone if loaded so."""
+        alone = {self.card["method"]: Sampler(self.student, self.ladder, 1.0, self.options)}
+        if self.teacher is None:
+            return alone
+        scale = self.card["guidance_scale"]
+        full = full_resolution(self.backbone.teacher_timesteps(teacher_steps), self.ladder.size)
+        return {
+            "teacher": Sampler(self.teacher, full, scale),
+            "naive": Sampler(self.teacher, self.ladder, scale, self.options),
+            **alone,
+        }
 
 
 def export_student(
@@ -67,6 +69,8 @@ def export_student(
         mode: "lora" or "full".
         card: facts to keep: model path, recipe, figures.
     """
+    folder = folder.resolve()
+    check_replaceable(folder, CARD_FILE)
     beside = folder.with_name(folder.name + ".tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -81,11 +85,10 @@ def export_student(
             (part / "config.json").write_text(backbone.network.to_json_string(), encoding="utf-8")  # type: ignore[operator]
             content = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(content, str(part / FULL_FILE), metadata={"format": "pt"})
-        facts = {"mode": mode, "pipeline": backbone.pipeline_class, **card}
+        facts = {"mode": mode, "tensors": len(content), "pipeline": backbone.pipeline_class, **card}
         write_text(beside / CARD_FILE, json.dumps(facts, indent=2))
         write_text(beside / "README.md", model_card(facts, scheduler))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
+        replace_folder(beside, folder, CARD_FILE)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise UserError(f"cannot write {folder}: {error}; free some space or choose another folder") from error
@@ -130,7 +133,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is no exported student (it has no {CARD_FILE}); point at a run's student folder")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"model", "mode", "method", "fingerprint", "max_sequence_length", "guidance_scale"} - set(card)
+        missing = {"model", "mode", "tensors", "method", "fingerprint", "max_sequence_length", "guidance_scale"} - set(card)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); export the student again") from error
     if missing:
@@ -138,7 +141,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def load_student(folder: Path, with_teacher: bool = True) -> Student:
+def load_student(folder: Path, with_teacher: bool = True, device: str = "auto") -> Student:
     """Load an exported student, its adapters merged into the weights, so that it runs as fast as its base.
 
     Args:
@@ -159,13 +162,20 @@ def load_student(folder: Path, with_teacher: bool = True) -> Student:
         tensors = load_file(str(weights))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights} is missing or truncated ({error}); export the student again") from error
-    backbone.to(pick_device("auto"))
+    if len(tensors) != card["tensors"]:
+        raise UserError(
+            f"{weights} has {len(tensors)} tensors, not the {card['tensors']} that were exported; export the student again"
+        )
+    backbone.to(pick_device(device))
     network = copy.deepcopy(backbone.network) if with_teacher else backbone.network
     if card["mode"] == "lora":
         merge_lora(network, {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()})
     else:
         load_tensors(dict(network.named_parameters()), tensors)
-    scheduler = LadderScheduler.from_pretrained(str(folder))
+    try:
+        scheduler = LadderScheduler.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"the ladder in {folder}/scheduler_config.json is missing or damaged; export the student again") from error
     teacher = Role(backbone, backbone.network) if with_teacher else None
     return Student(backbone, Role(backbone, network), teacher, scheduler.ladder(), scheduler.options(), card)
 

@@ -14,10 +14,14 @@ from torch import Tensor
 from stepladder.errors import UserError
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to 0 … 255."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] to an RGB picture."""
-    array = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(np.ascontiguousarray(array.permute(1, 2, 0).cpu().numpy()))
+    return Image.fromarray(np.ascontiguousarray(to_uint8(image).permute(1, 2, 0).cpu().numpy()))
 
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:

@@ -1,8 +1,7 @@
-"""What a ladder costs, computed from the network's architecture on the meta device: no weights, no GPU."""
+"""What a ladder costs, computed from the network's architecture on the meta device, where no arithmetic is done."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,8 @@ ADAM_STATES = 2
 
 def network_flops(backbone: Backbone, size: tuple[int, ...]) -> int:
     """Floating-point operations of one network pass on one sample at a latent size (H, W)."""
-    network = copy.deepcopy(backbone.network).to("meta")
+    with torch.device("meta"):
+        network = type(backbone.network).from_config(backbone.network.config)  # type: ignore[attr-defined]
     x = torch.empty(1, backbone.latent_channels, *size, device="meta")
     timestep = torch.full((1,), 500.0, device="meta")
     conditioning = Conditioning({name: tensor[:1].to("meta") for name, tensor in backbone.encode(["a"]).tensors.items()})

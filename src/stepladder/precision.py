@@ -29,6 +29,12 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU, so that a clock read next measures what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
     """bf16 autocast for `bf16`, and for `auto` where the hardware has it; no autocast for `fp32`."""
     if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -89,6 +89,22 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error}; choose a folder you may write to") from error
 
 
-def generator_state(generator: torch.Generator) -> Tensor:
-    """The state of a generator as a tensor that a checkpoint can hold."""
-    return generator.get_state().clone()
+def replace_folder(beside: Path, folder: Path, ours: str) -> None:
+    """Put a finished folder in the place of an older one of ours; at no moment are both missing from the disk.
+
+    Raises:
+        UserError: `folder` holds something else than a folder of ours, known by its file `ours`.
+    """
+    check_replaceable(folder, ours)
+    aside = folder.with_name(folder.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, aside)
+    os.replace(beside, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, ours: str) -> None:
+    """Refuse to write over a folder that is neither empty nor of our making."""
+    if folder.exists() and not (folder.is_dir() and ((folder / ours).exists() or not any(folder.iterdir()))):
+        raise UserError(f"{folder} holds something else; choose a new or empty folder")

@@ -26,7 +26,7 @@ class Backbone(Protocol):
 
     @classmethod
     def load(cls, path: str | Path, max_sequence_length: int) -> Backbone:
-        """Load a diffusers directory or hub id (safetensors only)."""
+        """Load a diffusers directory (safetensors only)."""
 
     @classmethod
     def tiny(cls) -> Backbone:

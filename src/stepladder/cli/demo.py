@@ -13,10 +13,8 @@ import typer
 import yaml
 from rich.console import Console
 
-from stepladder import world
 from stepladder.distillation import distill
 from stepladder.errors import UserError
-from stepladder.evaluation.samplers import student_samplers
 from stepladder.evaluation.tables import table
 from stepladder.evaluation.world import examine_all
 from stepladder.export import load_student
@@ -28,9 +26,10 @@ from stepladder.training.logs import read_metrics
 from stepladder.training.recipe import load_recipe
 from stepladder.training.trainer import RECIPE_FILE
 from stepladder.world.captions import captions
+from stepladder.world.paths import BUNDLED
 from stepladder.world.scenes import draw_scenes
 
-RECIPE = Path(world.__file__).parent / "rmd.yaml"
+RECIPE = BUNDLED.parent / "rmd.yaml"
 PROMPTS = 4000
 
 
@@ -50,14 +49,17 @@ def command(
     run = out / "run"
     if (out / "report.html").exists():
         raise UserError(f"{out} already holds a finished demo; choose another folder with --out")
+    if out.is_dir() and any(out.iterdir()) and not resume:
+        raise UserError(f"{out} is not empty; add --resume to continue a demo there or choose another folder with --out")
     prompts = out / "prompts.txt"
     write_text(prompts, "\n".join(captions(draw_scenes(PROMPTS, 1), 1)) + "\n")
-    recipe = load_recipe(RECIPE, [f"data.prompts={prompts.resolve()}", *(overrides or [])])
+    recipe = load_recipe(RECIPE, overrides or [])
+    recipe.data.prompts = prompts.resolve()
     console.print(f"distilling the bundled teacher: {recipe.training.updates} updates")
     folder = distill(recipe, run, resume and (run / RECIPE_FILE).exists())
     trained = time.monotonic()
-    student = load_student(folder)
-    figures, images, exam = examine_all(student_samplers(student, teacher_steps), student.backbone, count, seed)
+    student = load_student(folder, device=recipe.training.device)
+    figures, images, exam = examine_all(student.samplers(teacher_steps), student.backbone, count, seed)
     finished = time.monotonic()
     write_text(out / "metrics.json", json.dumps({"samplers": figures, "seconds": {"train": trained - began}}, indent=2))
     plan = plan_ladder(student.backbone, student.ladder, teacher_steps)

@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from stepladder.errors import UserError
-from stepladder.evaluation.samplers import student_samplers
 from stepladder.evaluation.tables import table
 from stepladder.evaluation.world import examine_all
 from stepladder.export import load_student, student_folder
@@ -24,6 +23,7 @@ def command(
     count: Annotated[int, typer.Option(min=16, help="held-out captions, one image each")] = 512,
     seed: Annotated[int, typer.Option(help="seed of captions and noise")] = 0,
     teacher_steps: Annotated[int, typer.Option(min=1, help="steps of the teacher")] = 28,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Measure prompt accuracy, FID, diversity and time on held-out captions of the embedded world.
@@ -31,10 +31,10 @@ def command(
     Example: stepladder evaluate runs/rmd --count 512 --json
     """
     folder = student_folder(run)
-    student = load_student(folder)
+    student = load_student(folder, device=device)
     if student.card["model"] != "bundled":
         raise UserError("evaluate reads images with the world's judge, which knows the bundled teacher's pictures only")
-    figures, images, _ = examine_all(student_samplers(student, teacher_steps), student.backbone, count, seed)
+    figures, images, _ = examine_all(student.samplers(teacher_steps), student.backbone, count, seed)
     target = run / "evaluation"
     write_text(target / "metrics.json", json.dumps({"samplers": figures}, indent=2))
     save_grid(torch.cat([each[:8] for each in images.values()]), target / "samples.png", columns=8)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from stepladder.distillation import export_run, load_model
-from stepladder.export import fingerprint
 from stepladder.progress import console
 from stepladder.training.recipe import load_recipe
 from stepladder.training.trainer import RECIPE_FILE, Run, latest_state
@@ -24,9 +23,7 @@ def command(
     """
     recipe = load_recipe(run / RECIPE_FILE)
     state, path = latest_state(run)
-    backbone = load_model(recipe)
-    base = fingerprint(backbone.network)
-    loaded = Run.start(recipe, backbone)
+    loaded = Run.start(recipe, load_model(recipe))
     loaded.restore(state, path)
-    target = export_run(loaded, base, out or run / "student")
+    target = export_run(loaded, out or run / "student")
     console.print(f"exported update {loaded.update} to {target}")

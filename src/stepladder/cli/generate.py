@@ -10,10 +10,10 @@ import typer
 
 from stepladder.data.prompts import read_prompts
 from stepladder.errors import UserError
-from stepladder.evaluation.samplers import sample, student_samplers
 from stepladder.export import load_student, student_folder
 from stepladder.images import grid, save_image
 from stepladder.progress import console, progress_bar
+from stepladder.samplers import sample
 
 
 def command(
@@ -25,6 +25,7 @@ def command(
     seed: Annotated[int, typer.Option(help="seed of the first image; the next ones count up")] = 0,
     count: Annotated[int, typer.Option(min=1, help="images a prompt")] = 1,
     teacher_steps: Annotated[int, typer.Option(min=1, help="steps of the teacher")] = 28,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Draw images as PNG.
 
@@ -33,9 +34,9 @@ def command(
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not texts:
         raise UserError("give at least one --prompt, or a file with --prompts")
-    student = load_student(student_folder(run), with_teacher=sampler != "student")
+    student = load_student(student_folder(run), sampler != "student", device)
     names = {"student": [student.card["method"]], "teacher": ["teacher"], "both": ["teacher", student.card["method"]]}[sampler]
-    samplers = student_samplers(student, teacher_steps)
+    samplers = student.samplers(teacher_steps)
     conditioning, unconditional = student.backbone.encode(texts), student.backbone.encode([""])
     with progress_bar() as bar:
         task = bar.add_task("generate", total=len(texts) * count, note="")

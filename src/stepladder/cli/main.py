@@ -25,6 +25,8 @@ app = typer.Typer(
 
 
 def _register() -> None:
+    if app.registered_commands:
+        return
     from stepladder.cli import demo, distill, evaluate, export, generate, plan, teach
 
     for module in (demo, plan, distill, generate, evaluate, export, teach):
@@ -41,9 +43,9 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"stepladder: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stepladder: stopped; what was checkpointed is kept, --resume continues", err=True)
-        sys.exit(130)
+    except OSError as error:
+        typer.echo(f"stepladder: {error}; check that the disk has room and the folder may be written", err=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

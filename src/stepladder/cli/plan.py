@@ -1,4 +1,4 @@
-"""`stepladder plan`: what a ladder costs and saves, without weights or a GPU."""
+"""`stepladder plan`: what a ladder costs and saves, before any training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from stepladder.backbones import load_backbone
 from stepladder.planning import Plan, plan_ladder
 from stepladder.training.recipe import LadderPart, load_recipe
 from stepladder.world.paths import resolve_model
-
-EXAMPLE = "Example: stepladder plan bundled · stepladder plan recipes/bundled-rmd.yaml --json"
 
 
 def command(

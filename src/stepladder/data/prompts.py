@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,13 @@ class PromptCache:
         self.conditioning = conditioning
         self.unconditional = unconditional
         self.seed = seed
+
+    def digest(self) -> str:
+        """A hash of what the text encoders made of the prompts."""
+        digest = hashlib.sha256()
+        for name in sorted(self.conditioning.tensors):
+            digest.update(self.conditioning.tensors[name].float().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def batch(self, update: int, size: int) -> Conditioning:
         """The prompts of one update: consecutive places of an endless sequence of shuffled epochs."""

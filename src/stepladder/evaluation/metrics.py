@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from stepladder.images import to_uint8
 from stepladder.world.judge import FEATURES, Judge, Verdict, judge_scenes
 from stepladder.world.scenes import Scene
 
@@ -25,11 +26,6 @@ class JudgeFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to features."""
         return self.judge(images.float() / 127.5 - 1)[1]
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to 0 … 255."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def frechet_distance(judge: Judge, images: Tensor, reference: Tensor, batch: int = 128) -> float:

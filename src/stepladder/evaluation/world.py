@@ -15,7 +15,7 @@ from stepladder.backbones.base import Backbone
 from stepladder.conditioning import Conditioning
 from stepladder.errors import UserError
 from stepladder.evaluation.metrics import diversity, frechet_distance, prompt_accuracy
-from stepladder.evaluation.samplers import Sampler, sample_many
+from stepladder.samplers import Sampler, sample_many
 from stepladder.world.captions import captions
 from stepladder.world.judge import Judge
 from stepladder.world.paths import JUDGE

@@ -14,6 +14,6 @@ def methods() -> dict[str, Any]:
     found = {}
     for module in pkgutil.iter_modules(__path__):
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, type) and hasattr(value, "Config"):
+            if isinstance(value, type) and hasattr(value, "Config") and value.__module__.endswith(f".{module.name}"):
                 found[module.name] = value
     return found

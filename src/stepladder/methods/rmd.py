@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from stepladder.conditioning import Conditioning
+from stepladder.errors import UserError
 from stepladder.ladder import Ladder
 from stepladder.losses.matching import HUBER, fake_score_loss, matching_loss
 from stepladder.prediction import Prediction
@@ -60,6 +61,8 @@ class RMD:
     Config = RMDConfig
 
     def __init__(self, config: RMDConfig, ladder: Ladder, process: Process, channels: int) -> None:
+        if config.stage_weights is not None and len(config.stage_weights) != ladder.stages:
+            raise UserError(f"method.stage_weights needs {ladder.stages} numbers, one a stage, not {len(config.stage_weights)}")
         self.config = config
         self.ladder = ladder
         self.process = process

@@ -11,13 +11,13 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from torch import Tensor
 
 from stepladder.conditioning import Conditioning
-from stepladder.evaluation.samplers import sample, student_samplers
 from stepladder.evaluation.tables import cells, headings
 from stepladder.evaluation.world import Exam
 from stepladder.export import Student
 from stepladder.images import png_bytes
 from stepladder.prediction import Prediction
 from stepladder.reporting.charts import line_chart
+from stepladder.samplers import sample
 from stepladder.storage import write_text
 
 LABELS = {"teacher": "Teacher", "naive": "Naive cascade"}
@@ -106,7 +106,7 @@ def _headline(material: Material, teacher: dict[str, Any], student: dict[str, An
 def _strip(material: Material, index: int) -> dict[str, Any]:
     """The states and predictions of one image's way up the ladder."""
     student, exam = material.student, material.exam
-    sampler = student_samplers(student, 1)[student.card["method"]]
+    sampler = student.samplers(1)[student.card["method"]]
     states: list[dict[str, Any]] = []
     top = student.ladder.size[-1]
 

@@ -6,16 +6,22 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stepladder.backbones.base import Backbone
 from stepladder.errors import UserError
-from stepladder.ladder import Boundary, Ladder, ResolutionShift, build_ladder, spaced_timesteps
+from stepladder.ladder import PRESETS, Boundary, Ladder, ResolutionShift, build_ladder, spaced_timesteps
 from stepladder.methods import methods
+
+FREE_KEYS = (
+    *("updates", "checkpoint_every", "keep_checkpoints", "sample_every"),
+    *("student_learning_rate", "fake_score_learning_rate"),
+)
 
 
 class Part(BaseModel):
@@ -34,17 +40,25 @@ class ModelPart(Part):
 class LadderPart(Part):
     """The ladder: sizes in pixels, steps, and where the resolution changes."""
 
+    preset: Literal["sdxl", "pixart", "sd35", "wan"] | None = Field(None, description="start from a schedule of RMD Table 6")
     sizes: list[tuple[int, int]] = Field(description="(height, width) of each rung, growing")
     steps: int = Field(4, ge=1, description="network calls in all")
     spacing: float = Field(1.0, gt=0, description="shift of the teacher's timesteps: 3 for SD3.5, 5 for Wan, 1 for uniform")
+    sigma_min: float = Field(0.0, ge=0, lt=1, description="where the uniform spacing ends, without it")
     thresholds: list[float] = Field(default_factory=list, description="logSNR where a rung ends, one fewer than sizes")
     timesteps: list[float] | None = Field(None, description="the teacher's timesteps themselves, instead of steps and spacing")
     shift: ResolutionShift = Field("flow", description="how a low rung's timestep follows from the teacher's (Eq. 2)")
     boundary: Boundary = Field("teacher", description="clock on which thresholds are compared; `rung` gives Wan's 3+3")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, value: Any) -> Any:
+        name = value.get("preset") if isinstance(value, dict) else None
+        return {**asdict(PRESETS[name]), **value} if name in PRESETS else value
+
     def build(self, backbone: Backbone) -> Ladder:
         """The ladder for a backbone."""
-        timesteps = self.timesteps or spaced_timesteps(self.steps, self.spacing)
+        timesteps = self.timesteps or spaced_timesteps(self.steps, self.spacing, self.sigma_min)
         sizes = [backbone.latent_size(size) for size in self.sizes]
         return build_ladder(backbone.process, timesteps, sizes, self.thresholds, self.shift, self.boundary)
 
@@ -105,9 +119,9 @@ class Recipe(Part):
         return methods()[self.method["name"]].Config.model_validate(self.method)
 
     def identity(self) -> str:
-        """A hash of what a checkpoint depends on: everything but how long to train and what to write when."""
+        """A hash of what a checkpoint depends on: everything but learning rates, how long to train and what to write when."""
         content = self.model_dump(mode="json")
-        for free in ("updates", "checkpoint_every", "keep_checkpoints", "sample_every"):
+        for free in FREE_KEYS:
             content["training"].pop(free)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -117,7 +131,7 @@ class Recipe(Part):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override (`a.b=value`) and validate a recipe; a relative prompt file is looked up beside the recipe.
+    """Read, override (`a.b=value`) and validate a recipe; relative paths are looked up beside the recipe.
 
     Raises:
         UserError: the file is missing or no YAML mapping, a key is unknown (the nearest is named), a value has a wrong type.
@@ -133,13 +147,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     recipe = parse_recipe(tree)
-    if not recipe.data.prompts.is_absolute():
-        recipe.data.prompts = (path.parent / recipe.data.prompts).resolve()
+    recipe.data.prompts = (path.parent / recipe.data.prompts).resolve()
+    if recipe.model.path != "bundled":
+        recipe.model.path = str((path.parent / recipe.model.path).resolve())
     return recipe
 
 
 def parse_recipe(tree: dict[str, Any]) -> Recipe:
     """Validate a recipe that is already a mapping."""
+    method = tree.get("method")
+    if isinstance(method, dict) and method.get("name") in methods():
+        config = methods()[method["name"]].Config
+        try:
+            config.model_validate(method)
+        except ValidationError as error:
+            raise UserError(_explain(error, "method.", set(config.model_fields))) from error
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -164,20 +186,18 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 def _known_keys() -> set[str]:
     parts: list[type[BaseModel]] = [Recipe, ModelPart, LadderPart, RolesPart, DataPart, TrainingPart]
-    parts += [method.Config for method in methods().values()]
     return {key for part in parts for key in part.model_fields}
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, prefix: str = "", known: set[str] | None = None) -> str:
     first = error.errors()[0]
-    where = ".".join(str(item) for item in first["loc"])
+    where = prefix + ".".join(str(item) for item in first["loc"])
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), _known_keys(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(_known_keys()))}"
+        keys = known or _known_keys()
+        near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(keys))}"
         return f"unknown key {where}; {hint}"
     if first["type"] == "missing":
         return f"{where} is missing; add it to the recipe"
     message = first["msg"].removeprefix("Value error, ")
-    if "validation error" in message:
-        message = " ".join(message.split())
     return f"{where}: {message} (got {first.get('input')!r}); correct it in the recipe"

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from stepladder.backbones.base import Backbone
+from stepladder.conditioning import Conditioning
 from stepladder.data.prompts import PromptCache, read_prompts
 from stepladder.errors import UserError
+from stepladder.fingerprint import fingerprint
 from stepladder.images import save_grid
 from stepladder.ladder import Ladder
 from stepladder.methods import methods
 from stepladder.precision import autocast, pick_device
 from stepladder.progress import console, progress_bar
 from stepladder.roles import FAKE_SCORE, STUDENT, AdapterRoles, CopyRoles, Roles, load_parameters
-from stepladder.sampling import cascade, initial_noise
-from stepladder.storage import load_tree, save_tree, write_text
+from stepladder.samplers import Sampler, sample
+from stepladder.storage import load_tree, save_tree
 from stepladder.training.logs import MetricLog
 from stepladder.training.recipe import Recipe, load_recipe
 
@@ -51,6 +53,7 @@ class Run:
     average: dict[str, Tensor]
     generator: torch.Generator
     device: torch.device
+    base: str
     update: int = 0
 
     @classmethod
@@ -60,9 +63,10 @@ class Run:
         device = pick_device(training.device)
         ladder = recipe.ladder.build(backbone)
         backbone.to(device)
+        base = fingerprint(backbone.network)
         texts = read_prompts(recipe.data.prompts)
         parts = [backbone.encode(texts[start : start + 64]) for start in range(0, len(texts), 64)]
-        prompts = PromptCache(type(parts[0]).cat(parts), backbone.encode([""]), training.seed)
+        prompts = PromptCache(Conditioning.cat(parts).to("cpu"), backbone.encode([""]).to("cpu"), training.seed)
         roles = build_roles(backbone, recipe)
         rates = {STUDENT: training.student_learning_rate, FAKE_SCORE: training.fake_score_learning_rate}
         optimizers: dict[str, torch.optim.Optimizer] = {
@@ -74,13 +78,15 @@ class Run:
         method = methods()[recipe.method["name"]](recipe.method_config(), ladder, backbone.process, backbone.latent_channels)
         average = {name: parameter.detach().clone() for name, parameter in roles.parameters(STUDENT).items()}
         generator = torch.Generator().manual_seed(training.seed)
-        return cls(recipe, backbone, roles, method, ladder, prompts, optimizers, average, generator, device)
+        return cls(recipe, backbone, roles, method, ladder, prompts, optimizers, average, generator, device, base)
 
     def state(self) -> dict[str, Any]:
         """Everything the next update depends on."""
         return {
             "update": self.update,
             "identity": self.recipe.identity(),
+            "base": self.base,
+            "prompts": self.prompts.digest(),
             "weights": {role: dict(self.roles.parameters(role)) for role in (STUDENT, FAKE_SCORE)},
             "average": self.average,
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
@@ -91,13 +97,22 @@ class Run:
         """Continue from a checkpoint's state.
 
         Raises:
-            UserError: the checkpoint was written by another recipe.
+            UserError: the checkpoint was written by another recipe, for another model or from other prompts.
         """
-        if state.get("identity") != self.recipe.identity():
-            raise UserError(f"{path} was written by another recipe; resume with that recipe or start in a new folder")
+        own = (
+            ("identity", self.recipe.identity(), "recipe"),
+            ("base", self.base, "model"),
+            ("prompts", self.prompts.digest(), "prompts"),
+        )
+        for key, value, name in own:
+            if state.get(key) != value:
+                raise UserError(f"{path} belongs to another {name}; resume with its own {name} or start in a new folder")
         for role in (STUDENT, FAKE_SCORE):
             load_parameters(self.roles, role, state["weights"][role])
+            rates = [group["lr"] for group in self.optimizers[role].param_groups]
             self.optimizers[role].load_state_dict(state["optimizers"][role])
+            for group, rate in zip(self.optimizers[role].param_groups, rates, strict=True):
+                group["lr"] = rate
         self.average = {name: tensor.to(self.device) for name, tensor in state["average"].items()}
         self.generator.set_state(state["generator"])
         self.update = state["update"]
@@ -113,20 +128,24 @@ def train_update(run: Run) -> dict[str, float]:
     conditioning = run.prompts.batch(run.update, training.batch_size).to(run.device)
     unconditional = run.prompts.unconditional.to(run.device).expand(training.batch_size)
     figures: dict[str, float] = {}
-    with autocast(run.device, training.precision):
-        sample = method.roll_out(run.roles, conditioning, run.update, run.generator)
-    for _ in range(method.config.fake_updates):
+    for _ in range(method.config.fake_updates - 1):
+        with torch.no_grad(), autocast(run.device, training.precision):
+            passing = method.roll_out(run.roles, conditioning, run.update, run.generator)
         with autocast(run.device, training.precision):
-            loss = method.fake_score_loss(run.roles, sample)
-        figures.update(_descend(run, FAKE_SCORE, loss))
+            loss = method.fake_score_loss(run.roles, passing)
+        _descend(run, FAKE_SCORE, loss)
     with autocast(run.device, training.precision):
-        loss = method.student_loss(run.roles, sample, unconditional)
+        drawn = method.roll_out(run.roles, conditioning, run.update, run.generator)
+        loss = method.fake_score_loss(run.roles, drawn)
+    figures.update(_descend(run, FAKE_SCORE, loss))
+    with autocast(run.device, training.precision):
+        loss = method.student_loss(run.roles, drawn, unconditional)
     figures.update(_descend(run, STUDENT, loss))
     with torch.no_grad():
         own = run.roles.parameters(STUDENT)
         torch._foreach_lerp_([run.average[name] for name in own], list(own.values()), 1 - training.ema_decay)
     run.update += 1
-    return figures | {"stage": float(sample.stage), "latent_std": sample.x0.detach().float().std().item()}
+    return figures | {"stage": float(drawn.stage), "latent_std": drawn.x0.detach().float().std().item()}
 
 
 def _descend(run: Run, role: str, loss: Tensor) -> dict[str, float]:
@@ -158,11 +177,11 @@ def save_checkpoint(run: Run, folder: Path) -> Path:
     return path
 
 
-def open_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
-    """Make a run's folder, or accept one to resume.
+def check_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Accept a new folder for a run, or one with this recipe's run to resume.
 
     Raises:
-        UserError: the folder holds another run or none to resume, or cannot be written.
+        UserError: the folder holds another run, none to resume, or something else.
     """
     saved = folder / RECIPE_FILE
     if resume:
@@ -172,33 +191,21 @@ def open_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
             raise UserError(f"{folder} was started with another recipe; resume with that one or start in a new folder")
     elif saved.exists():
         raise UserError(f"{folder} already holds a run; add --resume to continue it or choose another folder")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no run; choose another folder")
-    write_text(saved, recipe.to_yaml())
 
 
 def sample_grid(run: Run, path: Path) -> None:
-    """A grid of the averaged student's images, same prompts and noise every time, so that progress can be seen."""
-    own = run.roles.parameters(STUDENT)
-    trained = {name: parameter.detach().clone() for name, parameter in own.items()}
+    """A grid of the averaged student's images, same prompts and seeds every time, so that progress can be seen."""
+    trained = {name: parameter.detach().clone() for name, parameter in run.roles.parameters(STUDENT).items()}
     load_parameters(run.roles, STUDENT, run.average)
-    count = min(GRID_PROMPTS, len(run.prompts.conditioning))
-    conditioning = run.prompts.conditioning.rows(slice(0, count)).to(run.device)
-    generator = torch.Generator().manual_seed(run.recipe.training.seed + 1)
-    with torch.no_grad(), autocast(run.device, run.recipe.training.precision):
-        like = next(iter(conditioning.tensors.values()))
-        noise = initial_noise(run.ladder, count, run.backbone.latent_channels, generator, like)
-        latents = cascade(
-            lambda x, t: run.roles.student(x, t, conditioning),
-            run.backbone.process,
-            run.ladder,
-            noise,
-            generator,
-            **run.method.sampler_options(),
-        )
-        images = run.backbone.decode(latents.float())
+    seeds = list(range(min(GRID_PROMPTS, len(run.prompts.conditioning))))
+    conditioning = run.prompts.conditioning.rows(seeds).to(run.device)
+    sampler = Sampler(run.roles.student, run.ladder, 1.0, run.method.sampler_options())
+    unconditional = run.prompts.unconditional.to(run.device)
+    latents = sample(sampler, run.backbone, conditioning, unconditional, seeds, run.recipe.training.precision)
     load_parameters(run.roles, STUDENT, trained)
-    save_grid(images, path, columns=4)
+    save_grid(run.backbone.decode(latents), path, columns=4)
 
 
 def train(run: Run, folder: Path) -> None:
@@ -236,7 +243,9 @@ def latest_state(folder: Path) -> tuple[dict[str, Any], Path]:
     Raises:
         UserError: there is none.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise UserError(f"{folder} has no checkpoint yet; let the run write one first")
-    return load_tree(found[-1]), found[-1]
+    for path in reversed(checkpoints(folder)):
+        try:
+            return load_tree(path), path
+        except UserError as error:
+            console.print(f"skipping a checkpoint: {error}")
+    raise UserError(f"{folder} has no checkpoint that can be read; start it anew in another folder")

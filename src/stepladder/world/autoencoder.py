@@ -88,10 +88,3 @@ def encode_images(vae: AutoencoderTiny, images: Tensor) -> Tensor:
     with torch.no_grad():
         latents = vae.encode(images.to(vae.dtype)).latents
     return (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
-
-
-def decode_latents(vae: AutoencoderTiny, latents: Tensor) -> Tensor:
-    """Normalised latents back to images in [-1, 1]."""
-    with torch.no_grad():
-        images = vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
-    return images.float().clamp(-1, 1)

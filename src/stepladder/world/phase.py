@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stepladder.errors import UserError
 from stepladder.progress import console, progress_bar
-from stepladder.storage import generator_state, load_tree, save_tree
+from stepladder.storage import load_tree, save_tree
 
 CHECKPOINT_SECONDS = 120
 
@@ -81,7 +81,7 @@ def run_phase(phase: Phase, folder: Path, seed: int) -> None:
                 "modules": {name: module.state_dict() for name, module in phase.modules.items()},
                 "optimizers": [] if done else [optimizer.state_dict() for optimizer in phase.optimizers],
                 "averages": [] if done else averages,
-                "generator": generator_state(generator),
+                "generator": generator.get_state(),
             },
         )
 
@@ -97,7 +97,7 @@ def run_phase(phase: Phase, folder: Path, seed: int) -> None:
             loss = phase.loss(step, generator)
             value = loss.item()
             if not math.isfinite(value):
-                raise UserError(f"loss became {value} at step {step} of phase {phase.name}; resume from {path} with a lower rate")
+                raise UserError(f"loss became {value} at step {step} of phase {phase.name}; start again with another --seed")
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, phase.clip)
             for optimizer in phase.optimizers:

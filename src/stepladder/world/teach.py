@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from stepladder.storage import write_text
+from stepladder.errors import UserError
+from stepladder.storage import check_replaceable, replace_folder, write_text
 from stepladder.world.autoencoder import train_autoencoder
 from stepladder.world.judge import train_judge
 from stepladder.world.teacher import (
@@ -29,6 +30,7 @@ from stepladder.world.teacher import (
 from stepladder.world.text import train_text_encoders
 
 LOW_SHARE = 0.15
+OURS = "teacher/model_index.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
 
     Called again after an interruption it continues where it stopped; finished phases are only loaded.
     """
+    out = out.resolve()
+    check_replaceable(out, OURS)
+    remember(folder / "lessons.json", {**asdict(lessons), "seed": seed})
     began = time.monotonic()
     judge = train_judge(folder, lessons.judge, seed)
     vae = train_autoencoder(folder, lessons.autoencoder, seed)
@@ -67,8 +72,18 @@ def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
     pipeline.to(torch.float16).save_pretrained(str(beside / "teacher"))
     save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, str(beside / "judge.safetensors"))
     write_text(beside / "README.md", card(lessons, seed, time.monotonic() - began))
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    replace_folder(beside, out, OURS)
+
+
+def remember(path: Path, facts: dict[str, int]) -> None:
+    """Write down what a folder of checkpoints is for, and refuse to use it for something else.
+
+    Raises:
+        UserError: the folder was begun with other lessons or another seed.
+    """
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
+        raise UserError(f"{path.parent} was begun with other numbers ({path}); use those or another --work folder")
+    write_text(path, json.dumps(facts))
 
 
 def card(lessons: Lessons, seed: int, seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Samplers that are measured side by side: teacher, naive cascade, student."""
+"""A sampler is a network in its role, a ladder, and how they go together."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from stepladder.backbones.base import Backbone
 from stepladder.conditioning import Conditioning
-from stepladder.export import Student
-from stepladder.ladder import Ladder, full_resolution
-from stepladder.precision import autocast
+from stepladder.ladder import Ladder
+from stepladder.precision import autocast, synchronize
 from stepladder.prediction import Prediction
 from stepladder.roles import Role
 from stepladder.sampling import cascade, derived_generators, initial_noise
@@ -89,6 +88,7 @@ def sample_many(
         rows = slice(start, start + batch)
         began = time.perf_counter()
         latents = sample(sampler, backbone, conditioning.rows(rows), unconditional, seeds[rows], precision)
+        synchronize(latents.device)
         middle = time.perf_counter()
         with autocast(latents.device, precision):
             images.append(backbone.decode(latents).cpu())
@@ -99,20 +99,3 @@ def sample_many(
         if advance is not None:
             advance(count)
     return Sampled(torch.cat(images), torch.tensor(network).median().item(), torch.tensor(decoder).median().item())
-
-
-def student_samplers(student: Student, teacher_steps: int) -> dict[str, Sampler]:
-    """The three that are compared: `teacher`, `naive` (the teacher's weights through the student's ladder), the student.
-
-    A student loaded without its teacher is alone.
-    """
-    samplers = {student.card["method"]: Sampler(student.student, student.ladder, 1.0, student.options)}
-    if student.teacher is None:
-        return samplers
-    scale = student.card["guidance_scale"]
-    full = full_resolution(student.backbone.teacher_timesteps(teacher_steps), student.ladder.size)
-    return {
-        "teacher": Sampler(student.teacher, full, scale),
-        "naive": Sampler(student.teacher, student.ladder, scale, student.options),
-        **samplers,
-    }
