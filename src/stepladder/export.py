@@ -196,7 +196,7 @@ def merge_lora(network: nn.Module, tensors: dict[str, Tensor]) -> None:
             )
             if down is None or up is None or weight is None or weight.shape != (up.shape[0], down.shape[1]):
                 raise UserError(f"this LoRA does not fit its base at {name}; it belongs to another model")
-            weight += (up @ down).to(weight.device, weight.dtype)
+            weight.add_((up @ down).to(weight.device, weight.dtype))
 
 
 def student_folder(path: Path) -> Path:

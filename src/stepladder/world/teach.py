@@ -6,7 +6,6 @@ import json
 import platform
 import random
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from stepladder.errors import UserError
 from stepladder.storage import check_replaceable, replace_folder, write_text
 from stepladder.world.autoencoder import train_autoencoder
 from stepladder.world.judge import train_judge
+from stepladder.world.phase import taught_seconds
 from stepladder.world.teacher import (
     SIZES,
     build_pipeline,
@@ -53,7 +53,6 @@ def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
     out = out.resolve()
     check_replaceable(out, OURS)
     remember(folder / "lessons.json", {**asdict(lessons), "seed": seed})
-    began = time.monotonic()
     judge = train_judge(folder, lessons.judge, seed)
     vae = train_autoencoder(folder, lessons.autoencoder, seed)
     tokenizer, encoders = train_text_encoders(folder, lessons.text, seed)
@@ -71,7 +70,7 @@ def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
     pipeline = build_pipeline(vae, tokenizer, encoders, transformer.eval().requires_grad_(False))
     pipeline.to(torch.float16).save_pretrained(str(beside / "teacher"))
     save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, str(beside / "judge.safetensors"))
-    write_text(beside / "README.md", card(lessons, seed, time.monotonic() - began))
+    write_text(beside / "README.md", card(lessons, seed, taught_seconds(folder)))
     replace_folder(beside, out, OURS)
 
 
@@ -86,22 +85,23 @@ def remember(path: Path, facts: dict[str, int]) -> None:
     write_text(path, json.dumps(facts))
 
 
-def card(lessons: Lessons, seed: int, seconds: float) -> str:
-    """The model card: what this is, how it was made, on what, and how long the last call took."""
+def card(lessons: Lessons, seed: int, seconds: dict[str, float]) -> str:
+    """The model card: what this is, how it was made, on what machine, and how long each phase took."""
     options = " ".join(f"--{name} {value}" for name, value in asdict(lessons).items())
+    times = "\n".join(f"| {name} | {spent / 60:.1f} |" for name, spent in seconds.items())
     return f"""# The bundled teacher and its judge
 
-A toy StableDiffusion3Pipeline (128 px; an AutoencoderTiny eight times down; two CLIP text encoders and a silent T5; an MMDiT) and a
-convolutional judge, both trained from nothing on the renderer of `stepladder.world`. Weights are stored in half precision.
+A toy StableDiffusion3Pipeline (128 px; an AutoencoderTiny eight times down; two CLIP text encoders and a silent T5; an MMDiT)
+and a convolutional judge, both trained from nothing on the renderer of `stepladder.world`. Weights are stored in half precision.
 
     stepladder teach --seed {seed} {options}
 
-Machine: {platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__.split("+")[0]}. The call that
-finished it took {seconds / 60:.0f} minutes (an interrupted and resumed training counts from its last start).
+Machine: {platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__.split("+")[0]}.
 
-```json
-{json.dumps(asdict(lessons))}
-```
+| phase | minutes |
+|---|---|
+{times}
+| in all | {sum(seconds.values()) / 60:.1f} |
 
 Stock diffusers loads it: `StableDiffusion3Pipeline.from_pretrained("teacher")`. Pass `max_sequence_length=1` to a call, which
 spares it the 255 further zero tokens of the silent T5; guidance 4 and 28 steps are what it was chosen for.
