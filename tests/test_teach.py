@@ -60,7 +60,7 @@ def test_the_rate_warms_up_then_falls_to_zero():
 
 
 def test_teach_makes_a_pipeline_and_refuses_other_numbers_in_its_folder(tmp_path):
-    lessons = Lessons(judge=2, autoencoder=2, text=2, scenes=64, low=2, full=2)
+    lessons = Lessons(judge=2, autoencoder=2, text=2, scenes=64, low=2, full=2, polish=2)
     teach(tmp_path / "work", tmp_path / "out", lessons, seed=3)
     backbone = load_backbone(tmp_path / "out" / "teacher", 1)
     assert backbone.default_size == (128, 128)

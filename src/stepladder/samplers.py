@@ -76,7 +76,7 @@ def sample_many(
     conditioning: Conditioning,
     unconditional: Conditioning,
     seeds: list[int],
-    batch: int = 32,
+    batch: int = 64,
     precision: str = "auto",
     advance: Any = None,
 ) -> Sampled:

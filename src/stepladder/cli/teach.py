@@ -24,10 +24,11 @@ def command(
     scenes: Annotated[int, typer.Option(min=64, help="renders the transformer learns from")] = DEFAULT.scenes,
     low: Annotated[int, typer.Option(min=1, help="updates of the transformer at 64 px")] = DEFAULT.low,
     full: Annotated[int, typer.Option(min=1, help="updates of the transformer at 128 px")] = DEFAULT.full,
+    polish: Annotated[int, typer.Option(min=1, help="last updates, with more of the hardest shape")] = DEFAULT.polish,
 ) -> None:
     """Teach the world's judge and teacher from nothing; resumable.
 
     Example: stepladder teach --work runs/teach --out runs/teacher
     """
-    teach(work, out, Lessons(judge, autoencoder, text, scenes, low, full), seed)
+    teach(work, out, Lessons(judge, autoencoder, text, scenes, low, full, polish), seed)
     console.print(f"teacher and judge written to {out}")

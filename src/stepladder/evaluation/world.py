@@ -61,7 +61,7 @@ def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
 
 
 def examine(
-    sampler: Sampler, backbone: Backbone, exam: Exam, batch: int = 32, advance: Callable[[int], None] | None = None
+    sampler: Sampler, backbone: Backbone, exam: Exam, batch: int = 64, advance: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Any], Tensor]:
     """Figures of one sampler, and its images (N, 3, H, W), one a caption."""
     judge = load_judge()
@@ -84,7 +84,7 @@ def examine(
 
 
 def examine_all(
-    samplers: dict[str, Sampler], backbone: Backbone, count: int, seed: int, batch: int = 32
+    samplers: dict[str, Sampler], backbone: Backbone, count: int, seed: int, batch: int = 64
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor], Exam]:
     """Examine samplers one after another with a progress bar."""
     from stepladder.progress import progress_bar

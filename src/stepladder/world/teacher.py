@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -131,6 +131,7 @@ def train_transformer(
     latents: dict[int, Tensor],
     seed: int,
     batch: int = 64,
+    favoured: Sequence[int] = (),
 ) -> None:
     """One phase of the transformer's training.
 
@@ -141,6 +142,7 @@ def train_transformer(
         size_of: draws the picture size of a step.
         text: what `make_captions` returns.
         latents: what `make_latents` returns.
+        favoured: rows from which half of every batch is drawn, where there are any.
     """
     device = pick_device("auto")
     transformer.to(device)
@@ -151,7 +153,7 @@ def train_transformer(
     def loss(step: int, generator: torch.Generator) -> Tensor:
         rng = random.Random(f"{phase}/{seed}/{step}")
         source = latents[size_of(rng)]
-        rows = [rng.randrange(len(source)) for _ in range(batch)]
+        rows = [rng.choice(favoured) if favoured and rng.random() < 0.5 else rng.randrange(len(source)) for _ in range(batch)]
         said = [empty if rng.random() < UNCONDITIONAL else 2 * row + rng.randrange(2) for row in rows]
         stock = rng.random() < STOCK_SHARE and step > 2 * steps // 3
         embeds = torch.nn.functional.pad(hidden[said].float(), (0, 0, 0, STOCK_EXTRA_TOKENS if stock else 0))
