@@ -114,7 +114,7 @@ def training_overhead(run: Run, rounds: int) -> dict[str, float]:
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     recipe = load_recipe(ROOT / "recipes" / "bundled-rmd.yaml", [f"training.batch_size={options.batch}"])
@@ -122,7 +122,7 @@ def main() -> None:
     ladder = recipe.ladder.build(backbone)
     result = {
         "command": f"python benchmarks/overhead.py --rounds {options.rounds} --batch {options.batch}",
-        "sampler": [sampler_overhead(backbone, ladder, batch, options.rounds) for batch in (1, options.batch)],
+        "sampler": [sampler_overhead(backbone, ladder, batch, options.rounds) for batch in (1, 64)],
         "training": training_overhead(Run.start(recipe, backbone), options.rounds),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}",
     }

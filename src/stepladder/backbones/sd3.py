@@ -13,6 +13,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from stepladder.backbones.loading import load_pipeline, tiny_clip, tiny_t5
@@ -123,10 +124,15 @@ class SD3:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Run the text encoders as the stock pipeline does."""
         prompts = list(prompts)
+        verbosity = logging.get_verbosity()
+        if self.max_sequence_length == 1:
+            # asked for nothing from T5, so that its warning about every cut prompt would say nothing
+            logging.set_verbosity_error()
         with torch.no_grad():
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
                 prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
             )
+        logging.set_verbosity(verbosity)
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def denoise(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Prediction:
