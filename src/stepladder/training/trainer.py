@@ -71,7 +71,7 @@ class Run:
         rates = {STUDENT: training.student_learning_rate, FAKE_SCORE: training.fake_score_learning_rate}
         optimizers: dict[str, torch.optim.Optimizer] = {
             role: torch.optim.AdamW(
-                roles.parameters(role).values(), lr=rate, betas=training.betas, weight_decay=training.weight_decay
+                roles.parameters(role).values(), lr=rate, betas=training.betas, weight_decay=training.weight_decay, fused=True
             )
             for role, rate in rates.items()
         }
