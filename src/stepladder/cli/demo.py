@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 import yaml
 from rich.console import Console
@@ -75,12 +76,6 @@ def _facts(training: float, measuring: float, images: int, updates: int) -> list
     return [
         ("training", f"{updates} updates in {training:.0f} s, loading included"),
         ("measuring", f"{images} images in {measuring:.0f} s"),
-        ("machine", f"{platform.machine()}, {_threads()} threads"),
+        ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
         ("versions", ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "diffusers", "peft"))),
     ]
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
+from stepladder.backbones.base import Backbone
 from stepladder.conditioning import Conditioning
 from stepladder.errors import UserError
 
@@ -64,6 +66,11 @@ def _pick(row: object, path: Path) -> str:
     raise UserError(f"{path} has rows without a column named {' or '.join(PROMPT_COLUMNS)}; rename the prompt column")
 
 
+def encode_prompts(backbone: Backbone, prompts: Sequence[str], batch: int = 64) -> Conditioning:
+    """Run the text encoders over many prompts, `batch` at a time."""
+    return Conditioning.cat([backbone.encode(prompts[start : start + batch]) for start in range(0, len(prompts), batch)])
+
+
 class PromptCache:
     """Every prompt encoded once; rows are drawn in a seeded order that depends on the update alone.
 
@@ -75,8 +82,9 @@ class PromptCache:
         self.unconditional = unconditional
         self.seed = seed
 
+    @cached_property
     def digest(self) -> str:
-        """A hash of what the text encoders made of the prompts."""
+        """A hash of what the text encoders made of the prompts; taken once, for it reads every embedding."""
         digest = hashlib.sha256()
         for name in sorted(self.conditioning.tensors):
             digest.update(self.conditioning.tensors[name].float().numpy().tobytes())

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from stepladder.backbones.base import Backbone
 from stepladder.conditioning import Conditioning
+from stepladder.data.prompts import encode_prompts
 from stepladder.errors import UserError
 from stepladder.evaluation.metrics import diversity, frechet_distance, prompt_accuracy
+from stepladder.progress import progress_bar
 from stepladder.samplers import Sampler, sample_many
 from stepladder.world.captions import captions
 from stepladder.world.judge import Judge
@@ -52,12 +54,11 @@ def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
     """Draw `count` held-out captions, and reference renders of other held-out scenes."""
     scenes = draw_scenes(count, seed, held_out=True)
     prompts = captions(scenes, seed)
-    parts = [backbone.encode(prompts[start : start + 64]) for start in range(0, count, 64)]
     others = draw_scenes(REFERENCES, seed + 1, held_out=True)
     generator = torch.Generator().manual_seed(seed + 1)
     size = backbone.default_size
     reference = torch.cat([render(others[start : start + 100], size, generator) for start in range(0, REFERENCES, 100)])
-    return Exam(scenes, prompts, Conditioning.cat(parts), backbone.encode([""]), reference, seed)
+    return Exam(scenes, prompts, encode_prompts(backbone, prompts), backbone.encode([""]), reference, seed)
 
 
 def examine(
@@ -87,8 +88,6 @@ def examine_all(
     samplers: dict[str, Sampler], backbone: Backbone, count: int, seed: int, batch: int = 64
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor], Exam]:
     """Examine samplers one after another with a progress bar."""
-    from stepladder.progress import progress_bar
-
     exam = set_exam(backbone, count, seed)
     figures: dict[str, dict[str, Any]] = {}
     images: dict[str, Tensor] = {}

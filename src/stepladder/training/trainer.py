@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from stepladder.backbones.base import Backbone
-from stepladder.conditioning import Conditioning
-from stepladder.data.prompts import PromptCache, read_prompts
+from stepladder.data.prompts import PromptCache, encode_prompts, read_prompts
 from stepladder.errors import UserError
 from stepladder.fingerprint import fingerprint
 from stepladder.images import save_grid
@@ -65,8 +64,7 @@ class Run:
         backbone.to(device)
         base = fingerprint(backbone.network)
         texts = read_prompts(recipe.data.prompts)
-        parts = [backbone.encode(texts[start : start + 64]) for start in range(0, len(texts), 64)]
-        prompts = PromptCache(Conditioning.cat(parts).to("cpu"), backbone.encode([""]).to("cpu"), training.seed)
+        prompts = PromptCache(encode_prompts(backbone, texts).to("cpu"), backbone.encode([""]).to("cpu"), training.seed)
         roles = build_roles(backbone, recipe)
         rates = {STUDENT: training.student_learning_rate, FAKE_SCORE: training.fake_score_learning_rate}
         optimizers: dict[str, torch.optim.Optimizer] = {
@@ -86,7 +84,7 @@ class Run:
             "update": self.update,
             "identity": self.recipe.identity(),
             "base": self.base,
-            "prompts": self.prompts.digest(),
+            "prompts": self.prompts.digest,
             "weights": {role: dict(self.roles.parameters(role)) for role in (STUDENT, FAKE_SCORE)},
             "average": self.average,
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
@@ -102,7 +100,7 @@ class Run:
         own = (
             ("identity", self.recipe.identity(), "recipe"),
             ("base", self.base, "model"),
-            ("prompts", self.prompts.digest(), "prompts"),
+            ("prompts", self.prompts.digest, "prompts"),
         )
         for key, value, name in own:
             if state.get(key) != value:
