@@ -44,7 +44,7 @@ class Lessons:
     scenes: int = 32000
     low: int = 4000
     full: int = 6500
-    polish: int = 1500
+    polish: int = 8000
 
 
 def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
@@ -68,7 +68,7 @@ def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
     train_transformer(folder, "low", lambda rng: low, lessons.low, 1.5e-3, transformer, text, latents, seed)
     train_transformer(folder, "full", mostly_full, lessons.full, 1.2e-3, transformer, text, latents, seed)
     hard = [row for row, scene in enumerate(scenes) if any(thing.shape == HARDEST for thing in scene.things)]
-    train_transformer(folder, "polish", mostly_full, lessons.polish, 6e-4, transformer, text, latents, seed, favoured=hard)
+    train_transformer(folder, "polish", mostly_full, lessons.polish, 8e-4, transformer, text, latents, seed, favoured=hard)
     beside = out.with_name(out.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
     pipeline = build_pipeline(vae, tokenizer, encoders, transformer.eval().requires_grad_(False))
