@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 def sampler_overhead(backbone: Backbone, ladder: Ladder, batch: int, rounds: int) -> dict[str, float]:
     """The sampler's own share: seconds outside the network while it samples, over all seconds; no adapters, as when exported."""
-    conditioning, unconditional = backbone.encode(["a small red star top left on gray"] * batch), backbone.encode([""])
+    conditioning, unconditional = backbone.encode(["a small red star top left on gray"] * batch), backbone.unconditional()
     network = backbone.network
     sampler = Sampler(Role(backbone, network), ladder, 1.0, {"mix": 0.5})
     device = next(network.parameters()).device

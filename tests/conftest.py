@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from stepladder.backbones.base import Backbone
 from stepladder.training.recipe import Recipe, parse_recipe
 
 settings.register_profile("stepladder", deadline=None, max_examples=40, derandomize=True)
@@ -22,6 +23,19 @@ def _threads() -> None:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def rungs(backbone: Backbone, *sizes: tuple[int, int]) -> list[tuple[int, ...]]:
+    """Pixel sizes as a backbone takes them: five frames of each where it makes video."""
+    return [(5, *size) if len(backbone.default_size) == 3 else size for size in sizes]
+
+
+def recipe_for(backbone: Backbone, folder: Path, **training: object) -> Recipe:
+    """The tiny recipe with sizes and text length that fit a backbone."""
+    recipe = tiny_recipe(folder, **training)
+    recipe.ladder.sizes = rungs(backbone, (16, 16), (32, 32))
+    recipe.model.max_sequence_length = backbone.max_sequence_length
+    return recipe
 
 
 def tiny_recipe(folder: Path, **training: object) -> Recipe:

@@ -1,94 +1,194 @@
-"""Students leave the house: stock diffusers loads them, the drop-in scheduler draws what our own loop draws."""
+"""Students leave the house: stock diffusers, ComfyUI's names and merged folders all draw what our own loop draws."""
 
 from __future__ import annotations
 
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_recipe
+from conftest import recipe_for
 from stepladder.backbones import backbones, load_backbone
 from stepladder.backbones.sd3 import SD3
 from stepladder.distillation import export_run
 from stepladder.errors import UserError
-from stepladder.export import LORA_FILE, load_student
+from stepladder.export import (
+    COMFY_FILE,
+    LORA_FILE,
+    export_comfyui,
+    export_merged,
+    load_student,
+    lora_layers,
+    read_card,
+    read_scheduler,
+    read_weights,
+)
+from stepladder.packing import pack
+from stepladder.pipeline import LadderPipeline
 from stepladder.roles import Role
 from stepladder.samplers import Sampler, sample
 from stepladder.scheduler import LadderScheduler
 from stepladder.training.trainer import Run, train_update
 
 
+def distilled(folder, name):
+    """A tiny pipeline on disk, and a LoRA student of it after a few large updates: run, model folder, student folder."""
+    backbone, model = backbones()[name].tiny(), folder / "model"
+    backbone.pipeline.save_pretrained(str(model))
+    recipe = recipe_for(backbone, folder, student_learning_rate=2e-2)
+    recipe.method["inference_alpha"] = 0.5
+    recipe.model.path = str(model)
+    run = Run.start(recipe, load_backbone(model, backbone.max_sequence_length))
+    for _ in range(2):
+        train_update(run)
+    return run, model, export_run(run, folder / "student")
+
+
 @pytest.fixture
 def exported(tmp_path):
-    """A tiny pipeline on disk, and a LoRA student of it after a few large updates."""
-    model = tmp_path / "model"
-    SD3.tiny().pipeline.save_pretrained(str(model))
-    recipe = tiny_recipe(tmp_path, student_learning_rate=2e-2)
-    recipe.model.path = str(model)
-    run = Run.start(recipe, load_backbone(model, 4))
-    for _ in range(3):
-        train_update(run)
-    return run, model, export_run(run, tmp_path / "student")
+    """The student of a tiny SD3."""
+    return distilled(tmp_path, "sd3")
 
 
-CALL = {
-    "height": 16,
-    "width": 16,
-    "num_inference_steps": 4,
-    "guidance_scale": 1,
-    "max_sequence_length": 4,
-    "output_type": "pt",
-}
+CALL = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 1, "max_sequence_length": 4, "output_type": "pt"}
+SPATIAL = [name for name in sorted(backbones()) if not backbones()[name].tiny().rung_by_rung]
 
 
-def stock_pipeline(model, folder, lora):
-    """What the README tells users to write."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(str(model))
+def stock_pipeline(model, folder, backbone):
+    """What the exported README tells users to write."""
+    pipe = getattr(diffusers, backbone.pipeline_class).from_pretrained(str(model))
     pipe.set_progress_bar_config(disable=True)
-    if lora:
+    if backbone.loads_lora:
         pipe.load_lora_weights(str(folder))
+    else:
+        setattr(pipe, backbone.denoiser, PeftModel.from_pretrained(getattr(pipe, backbone.denoiser), str(folder)))
     pipe.scheduler = LadderScheduler.from_pretrained(str(folder))
     return pipe
 
 
-def test_stock_diffusers_draws_the_students_image(exported):
-    run, model, folder = exported
+def own_latents(student, sampler, seed, prompt="a red circle"):
+    """Our own loop's latents."""
+    size = student.backbone.pixel_size(student.ladder.size)
+    conditioning, unconditional = student.backbone.encode([prompt], size), student.backbone.unconditional("", size)
+    return sample(sampler, student.backbone, conditioning, unconditional, [seed], precision="fp32")
+
+
+def users_noise(student, seed):
+    """The first rung's noise as `torch.randn` gives it."""
+    size = student.ladder.steps[0].size
+    return torch.randn((1, student.backbone.latent_channels, *size), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close_relative(got, expected, tolerance):
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", SPATIAL)
+def test_stock_diffusers_draws_the_students_latents(tmp_path, name):
+    run, model, folder = distilled(tmp_path, name)
     student = load_student(folder, device="cpu")
-    noise_seed = 7
-    sampler = Sampler(student.student, student.ladder, 1.0, student.options)
-    conditioning = student.backbone.encode(["a red circle"])
-    latents = sample(sampler, student.backbone, conditioning, student.backbone.encode([""]), [noise_seed], precision="fp32")
-    ours = student.backbone.decode(latents)
-
-    start = student.ladder.steps[0].size
-    noise = torch.randn((1, 4, *start), generator=torch.Generator().manual_seed(noise_seed))
-    with_lora, without = (
-        stock_pipeline(model, folder, lora)("a red circle", latents=noise, **CALL).images for lora in (True, False)
-    )
-    torch.testing.assert_close(with_lora * 2 - 1, ours, rtol=0, atol=1e-4)
-    assert (without - with_lora).abs().max() > 1e-3
+    expected = own_latents(student, student.samplers(4)["rmd"], 7)
+    naive = own_latents(student, student.samplers(4)["naive"], 7)
+    pipe = stock_pipeline(model, folder, student.backbone)
+    first = student.backbone.pixel_size(student.ladder.steps[0].size)
+    call = student.backbone.call_options(student.backbone.pixel_size(student.ladder.size))
+    if len(first) == 3:
+        call["num_frames"] = first[0]
+    call |= {"height": first[-2], "width": first[-1], "num_inference_steps": 4, "output_type": "latent", "return_dict": False}
+    drawn = pipe("a red circle", latents=users_noise(student, 7), **call)[0]
+    assert_close_relative(drawn, expected, 1e-5)
+    assert (naive - expected).abs().max() > 1e-2
 
 
-def test_no_key_is_lost_on_the_way(exported):
-    run, model, folder = exported
-    pipe = StableDiffusion3Pipeline.from_pretrained(str(model))
+@pytest.mark.parametrize("name", sorted(backbones()))
+def test_the_ladder_pipeline_draws_the_students_picture_and_needs_no_telling(tmp_path, name):
+    _, model, folder = distilled(tmp_path, name)
+    student = load_student(folder, device="cpu")
+    ours = student.backbone.decode(own_latents(student, student.samplers(4)["rmd"], 7))
+    pipe = LadderPipeline.from_pretrained(model, student=folder)
+    pipe.set_progress_bar_config(disable=True)
+    noise = users_noise(student, 7)
+    result = pipe("a red circle", latents=pack(noise) if student.backbone.packs_latents else noise, output_type="pt")
+    picture = result.frames.transpose(1, 2) if hasattr(result, "frames") else result.images
+    torch.testing.assert_close(picture * 2 - 1, ours, rtol=0, atol=1e-4)
+    again = [pipe(["x", "y"], generator=torch.Generator().manual_seed(1), output_type="latent", return_dict=False)[0] for _ in range(2)]
+    assert torch.equal(*again)
+    assert len(again[0]) == 2
+    with pytest.raises(UserError, match="leave out height and width"):
+        pipe("a", height=8)
+    with pytest.raises(UserError, match="belongs to the student's ladder"):
+        pipe("a", num_inference_steps=28)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(backbones()) if backbones()[name].loads_lora])
+def test_no_key_is_lost_on_the_way(tmp_path, name):
+    run, model, folder = distilled(tmp_path, name)
+    pipe = getattr(diffusers, run.backbone.pipeline_class).from_pretrained(str(model))
     pipe.load_lora_weights(str(folder), adapter_name="s")
+    network = getattr(pipe, run.backbone.denoiser)
+    loaded = {n.replace(".s.", "."): p for n, p in network.named_parameters() if "lora_" in n}
+    assert loaded.keys() == run.average.keys()
+    for key, tensor in run.average.items():
+        torch.testing.assert_close(loaded[key].data, tensor)
+    assert {layer.scaling["s"] for layer in network.modules() if getattr(layer, "scaling", None)} == {1.0}
+
+
+@pytest.mark.parametrize("name", sorted(backbones()))
+def test_comfyui_gets_its_names_alphas_and_the_ladder(tmp_path, name):
+    run, _, folder = distilled(tmp_path, name)
+    card = read_card(folder)
+    export_comfyui(run.backbone, read_weights(folder, card, run.backbone), read_scheduler(folder), card, tmp_path / "comfyui")
+    path = tmp_path / "comfyui" / COMFY_FILE
+    content = load_file(str(path))
+    layers = lora_layers(run.average)
+    assert len(content) == 3 * len(layers)
+    for layer in layers:
+        key = run.backbone.comfy_key(layer)
+        assert content[f"{key}.alpha"] == content[f"{key}.lora_down.weight"].shape[0]
+        torch.testing.assert_close(content[f"{key}.lora_up.weight"], run.average[f"{layer}.lora_B.weight"])
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["latent_sizes"]) == [list(step.size) for step in run.ladder.steps]
+    assert len(json.loads(metadata["sigmas"])) == len(run.ladder.steps)
+
+
+def test_diffusers_own_converter_reads_wans_comfyui_names_back(tmp_path):
+    run, model, folder = distilled(tmp_path, "wan")
+    card = read_card(folder)
+    export_comfyui(run.backbone, read_weights(folder, card, run.backbone), read_scheduler(folder), card, tmp_path / "comfyui")
+    pipe = diffusers.WanPipeline.from_pretrained(str(model))
+    pipe.load_lora_weights(str(tmp_path / "comfyui"), weight_name=COMFY_FILE, adapter_name="s")
     loaded = {n.replace(".s.", "."): p for n, p in pipe.transformer.named_parameters() if "lora_" in n}
     assert loaded.keys() == run.average.keys()
-    for name, tensor in run.average.items():
-        torch.testing.assert_close(loaded[name].data, tensor)
-    scales = {layer.scaling["s"] for layer in pipe.transformer.modules() if hasattr(layer, "scaling") and layer.scaling}
-    assert scales == {1.0}
+    for key, tensor in run.average.items():
+        torch.testing.assert_close(loaded[key].data, tensor)
+
+
+@pytest.mark.parametrize("name", sorted(backbones()))
+def test_a_merged_student_is_a_complete_pipeline(tmp_path, name):
+    run, model, folder = distilled(tmp_path, name)
+    student = load_student(folder, device="cpu")
+    expected = own_latents(student, student.samplers(4)["rmd"], 7)
+    export_merged(load_student(folder, with_teacher=False, device="cpu"), read_scheduler(folder), tmp_path / "merged")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(str(tmp_path / "merged"))
+    assert isinstance(pipeline.scheduler, LadderScheduler)
+    again = backbones()[name](pipeline, "merged", student.backbone.max_sequence_length)
+    sampler = Sampler(Role(again, again.network), student.ladder, 1.0, student.options)
+    conditioning = student.backbone.encode(["a red circle"], student.backbone.pixel_size(student.ladder.size))
+    drawn = sample(sampler, again, conditioning, conditioning, [7], precision="fp32")
+    assert_close_relative(drawn, expected, 1e-5)
+    with pytest.raises(UserError, match="merged export"):
+        load_student(tmp_path / "merged", device="cpu")
 
 
 def test_the_drop_in_scheduler_repeats_itself_from_the_users_seed(exported):
-    _, model, folder = exported
-    pipe = stock_pipeline(model, folder, lora=True)
-    pipe.scheduler.register_to_config(mix=0.2)
+    run, model, folder = exported
+    pipe = stock_pipeline(model, folder, run.backbone)
     first, second, other = (pipe("x", generator=torch.Generator().manual_seed(seed), **CALL).images for seed in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
@@ -110,7 +210,9 @@ def test_the_export_remembers_ladder_and_weights(exported):
     student = load_student(folder, device="cpu")
     assert [step.size for step in student.ladder.steps] == [step.size for step in run.ladder.steps]
     assert [step.timestep for step in student.ladder.steps] == pytest.approx([step.timestep for step in run.ladder.steps])
-    assert "load_lora_weights" in (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "load_lora_weights" in card
+    assert "height=16, width=16, num_inference_steps=4" in card
 
 
 def test_the_student_alone_draws_the_same_with_half_the_memory(exported):

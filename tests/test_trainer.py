@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_recipe
+from conftest import recipe_for, tiny_recipe
 from stepladder.backbones import backbones
 from stepladder.distillation import export_run
 from stepladder.errors import UserError
@@ -87,9 +87,10 @@ def test_trajectory_is_the_committed_one(tmp_path, pair):
 def trajectory(folder: Path, pair: str) -> list[float]:
     torch.set_num_threads(1)
     method, backbone = pair.split("/")
-    recipe = tiny_recipe(folder)
+    model = backbones()[backbone].tiny()
+    recipe = recipe_for(model, folder)
     recipe.method = methods()[method].Config(name=method).model_dump(mode="json")
-    run = Run.start(recipe, backbones()[backbone].tiny())
+    run = Run.start(recipe, model)
     values = []
     for _ in range(6):
         figures = train_update(run)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stepladder.backbones import load_backbone
+import torch
+
+from stepladder.backbones import load_backbone, sketch_backbone
 from stepladder.backbones.base import Backbone
 from stepladder.data.prompts import read_prompts
 from stepladder.export import export_student
-from stepladder.planning import plan_ladder
+from stepladder.planning import TrainingSetup, plan_ladder, plan_memory
+from stepladder.precision import pick_device
 from stepladder.scheduler import LadderScheduler
 from stepladder.storage import write_text
 from stepladder.training.recipe import Recipe
@@ -18,8 +21,11 @@ from stepladder.world.paths import resolve_model
 
 
 def load_model(recipe: Recipe) -> Backbone:
-    """The recipe's backbone."""
-    return load_backbone(resolve_model(recipe.model.path), recipe.model.max_sequence_length)
+    """The recipe's backbone, its weights in the recipe's precision."""
+    model = recipe.model
+    on_gpu = pick_device(recipe.training.device).type == "cuda"
+    half = model.dtype == "bf16" or (model.dtype == "auto" and on_gpu and recipe.roles.mode == "lora")
+    return load_backbone(resolve_model(model.path), model.max_sequence_length, torch.bfloat16 if half else torch.float32)
 
 
 def distill(recipe: Recipe, folder: Path, resume: bool = False) -> Path:
@@ -40,7 +46,7 @@ def export_run(run: Run, folder: Path) -> Path:
     """Export a run's averaged student."""
     recipe, ladder = run.recipe, run.ladder
     options: dict[str, Any] = run.method.sampler_options()
-    scheduler = LadderScheduler.of(ladder, **options)
+    scheduler = LadderScheduler.of(ladder, run.backbone.process, run.backbone.packs_latents, **options)
     card = {
         "model": recipe.model.path,
         "fingerprint": run.base,
@@ -48,8 +54,8 @@ def export_run(run: Run, folder: Path) -> Path:
         "lora_rank": recipe.roles.lora_rank,
         "method": recipe.method["name"],
         "guidance_scale": run.method.config.guidance_scale,
-        "first_size": recipe.ladder.sizes[0],
-        "size": recipe.ladder.sizes[-1],
+        "first_size": run.backbone.pixel_size(ladder.steps[0].size),
+        "size": run.backbone.pixel_size(ladder.size),
         "updates": run.update,
         "recipe": recipe.model_dump(mode="json", exclude={"data"}),
     }
@@ -58,18 +64,29 @@ def export_run(run: Run, folder: Path) -> Path:
 
 
 def dry_run(recipe: Recipe) -> list[str]:
-    """What a recipe would do and need, after loading the model and building the ladder; nothing is written."""
-    backbone = load_model(recipe)
+    """What a recipe would do and need, from the model's configuration alone; nothing is loaded or written."""
+    backbone = sketch_backbone(resolve_model(recipe.model.path), recipe.model.max_sequence_length)
     ladder = recipe.ladder.build(backbone)
-    plan = plan_ladder(backbone, ladder, 28, lora_rank=recipe.roles.lora_rank)
-    prompts = read_prompts(recipe.data.prompts)
-    training = recipe.training
-    memory = plan.memory["train_lora" if recipe.roles.mode == "lora" else "train_full"]
+    training, steps = recipe.training, teacher_steps_of(backbone)
+    plan = plan_ladder(backbone, ladder, steps)
+    setup = TrainingSetup(recipe.roles.lora_rank, training.batch_size, recipe.roles.gradient_checkpointing)
+    memory = plan_memory(backbone, ladder.size, setup)
+    mode = f"train_{recipe.roles.mode}"
     return [
         f"model: {recipe.model.path} ({backbone.pipeline_class}, {plan.parameters / 1e6:.1f} M parameters)",
-        f"ladder: {ladder.allocation()}, " + ", ".join(f"t={s.timestep:.0f} at {s.size[0]}x{s.size[1]}" for s in ladder.steps),
+        f"ladder: {ladder.allocation()}, " + ", ".join(f"t={s.timestep:.0f} at {'x'.join(map(str, s.size))}" for s in ladder.steps),
         f"method: {recipe.method['name']}, roles: {recipe.roles.mode}",
-        f"data: {len(prompts)} prompts, {training.updates} updates of {training.batch_size}",
-        f"memory for weights and optimiser: {memory / 2**20:.0f} MiB",
-        f"speed: {plan.speedup_over_teacher:.1f} × the teacher's speed (28 steps, guided)",
+        f"data: {_prompts(recipe)}, {training.updates} updates of {training.batch_size}",
+        f"memory to train at this batch: about {memory[mode] / 2**30:.1f} GiB; fits {', '.join(memory['fits'][mode]) or 'no single card'}",
+        f"speed: {plan.speedup_over_teacher:.1f} × the teacher's ({steps} steps{'' if backbone.embeds_guidance else ', guided'})",
     ]
+
+
+def _prompts(recipe: Recipe) -> str:
+    path = recipe.data.prompts
+    return f"{len(read_prompts(path))} prompts" if path.exists() else f"{path} is still missing: write one prompt a line there"
+
+
+def teacher_steps_of(backbone: Backbone) -> int:
+    """Steps of the teacher's own sampler: a release's, or the 28 of the bundled teacher."""
+    return next((release.teacher_steps for release in backbone.releases.values() if release.hub_id == backbone.source), 28)

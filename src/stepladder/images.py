@@ -1,11 +1,13 @@
-"""Tensors to PNG files."""
+"""Tensors to PNG files, and video to mp4."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 from PIL import Image
@@ -33,6 +35,37 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[:, top : top + height, left : left + width] = image
     return sheet
+
+
+def still(images: Tensor) -> Tensor:
+    """Images as they are; of video, (B, 3, T, H, W), the middle frame."""
+    return images[:, :, images.shape[2] // 2] if images.ndim == 5 else images
+
+
+def save_video(video: Tensor, path: Path, frames_per_second: int = 16) -> None:
+    """Write one video, (3, T, H, W) in [-1, 1], as H.264 in mp4, beside and renamed.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    frames = to_uint8(video).permute(1, 2, 3, 0).cpu().numpy()
+    beside = path.with_name(path.stem + ".tmp.mp4")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(beside), "w") as container:
+            stream = container.add_stream("libx264", rate=frames_per_second)
+            stream.height, stream.width = frames.shape[1], frames.shape[2]
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": "18"}
+            for frame in frames:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+        os.replace(beside, path)
+    except (OSError, av.error.FFmpegError) as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}; choose a folder you may write to") from error
 
 
 def save_image(image: Tensor, path: Path) -> None:

@@ -5,12 +5,14 @@ Timesteps run from 1000 (noise) to 0 (image), as diffusers counts them. Function
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from stepladder.errors import UserError
 from stepladder.prediction import Prediction
 
 TIMESTEPS = 1000.0
@@ -36,6 +38,12 @@ class Process(Protocol):
 
     def network_timestep(self, timestep: Tensor) -> Tensor:
         """The timestep as the network's embedding expects it."""
+
+    def predict(self, x: Tensor, output: Tensor, timestep: Tensor) -> Prediction:
+        """What a network's output at x, (B, …), and a scalar or (B,) timestep says of x0 and eps."""
+
+    def config(self) -> dict[str, Any]:
+        """What `process_from` needs to build this process again, in diffusers' words."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +75,54 @@ class FlowProcess:
         """Networks trained on a flow take t itself."""
         return timestep
 
+    def predict(self, x: Tensor, output: Tensor, timestep: Tensor) -> Prediction:
+        """The output is a velocity."""
+        return predict_from_velocity(x, output.to(x.dtype), self.sigma(timestep).to(x.dtype))
+
+    def config(self) -> dict[str, Any]:
+        """A flow has no betas."""
+        return {"prediction_type": "flow_prediction"}
+
 
 @dataclass(frozen=True)
 class VariancePreservingProcess:
-    """alpha = sqrt(abar), sigma = sqrt(1 - abar) (SDXL, PixArt-alpha), from a table of abar over integer timesteps.
+    """alpha = sqrt(abar), sigma = sqrt(1 - abar) (SDXL, PixArt-alpha), from betas over integer timesteps.
 
     Between integers logSNR is linear, so that `timestep` is its exact inverse. The table has no entry for t = 1000;
     its last one, t = 999, stands for it, as in the published few-step schedules.
+
+    Args:
+        beta_schedule: "linear" or "scaled_linear" (linear in the square roots), as diffusers names them.
+        prediction_type: what the network puts out, "epsilon" or "v_prediction".
     """
 
-    alphas_cumprod: Tensor
-    table: Tensor = field(init=False, repr=False)
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    beta_schedule: str = "linear"
+    num_train_timesteps: int = 1000
+    prediction_type: str = "epsilon"
+    table: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        abar = self.alphas_cumprod.double()
+        if self.beta_schedule not in ("linear", "scaled_linear"):
+            raise UserError(f"beta schedule {self.beta_schedule!r} is not supported; use linear or scaled_linear betas")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"prediction type {self.prediction_type!r} is not supported; use epsilon or v_prediction")
+        power = 1.0 if self.beta_schedule == "linear" else 0.5
+        ends = (self.beta_start**power, self.beta_end**power)
+        betas = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float64) ** (1 / power)
+        abar = torch.cumprod(1 - betas, 0)
         object.__setattr__(self, "table", torch.log(abar) - torch.log1p(-abar))
 
     @classmethod
-    def linear(cls, start: float = 1e-4, end: float = 2e-2, steps: int = 1000) -> VariancePreservingProcess:
-        """Linear betas, as PixArt-alpha's."""
-        return cls(torch.cumprod(1 - torch.linspace(start, end, steps, dtype=torch.float64), 0))
+    def linear(cls) -> VariancePreservingProcess:
+        """PixArt-alpha's betas."""
+        return cls()
 
     @classmethod
-    def scaled_linear(cls, start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> VariancePreservingProcess:
-        """Betas linear in their square roots, as SDXL's."""
-        return cls(torch.cumprod(1 - torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2, 0))
+    def scaled_linear(cls) -> VariancePreservingProcess:
+        """SDXL's betas."""
+        return cls(0.00085, 0.012, "scaled_linear")
 
     def logsnr(self, timestep: Tensor) -> Tensor:
         """log(abar / (1 - abar)), linear between integer timesteps."""
@@ -124,6 +155,34 @@ class VariancePreservingProcess:
     def network_timestep(self, timestep: Tensor) -> Tensor:
         """Networks were trained on indices up to 999."""
         return timestep.clamp(max=len(self.table) - 1)
+
+    def predict(self, x: Tensor, output: Tensor, timestep: Tensor) -> Prediction:
+        """The output is noise, or v = alpha eps - sigma x0."""
+        alpha, sigma = self.alpha(timestep).to(x.dtype), self.sigma(timestep).to(x.dtype)
+        if self.prediction_type == "epsilon":
+            return predict_from_noise(x, output.to(x.dtype), alpha, sigma)
+        a, s, v = spread(alpha, x), spread(sigma, x), output.to(x.dtype)
+        return Prediction(a * x - s * v, a * v + s * x)
+
+    def config(self) -> dict[str, Any]:
+        """Betas and what the network puts out."""
+        return {name: getattr(self, name) for name in VP_FIELDS}
+
+
+VP_FIELDS = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps", "prediction_type")
+
+
+def process_from(config: Mapping[str, Any]) -> Process:
+    """The process of a scheduler's configuration: a flow, or betas.
+
+    Raises:
+        UserError: betas or an output that no backbone was made for.
+    """
+    if config.get("prediction_type") == "flow_prediction":
+        return FlowProcess()
+    if config.get("rescale_betas_zero_snr"):
+        raise UserError("betas rescaled to zero terminal SNR are not supported; use a scheduler without rescale_betas_zero_snr")
+    return VariancePreservingProcess(**{name: config[name] for name in VP_FIELDS if name in config})
 
 
 def spread(value: Tensor, like: Tensor) -> Tensor:

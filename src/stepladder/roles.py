@@ -7,11 +7,12 @@ adapters off. `CopyRoles` keeps three whole networks. Nothing outside this file 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -34,16 +35,28 @@ class Role:
 
     def __call__(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Prediction:
         """Predict x0 and eps of `x`, (B, C, …), at a scalar or (B,) timestep on the clock of x's resolution."""
+        return self._call(x, timestep, conditioning, None)
+
+    def _call(self, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None) -> Prediction:
         if self.enter is not None:
             self.enter()
-        return self.backbone.denoise(self.network, x, timestep.expand(len(x)), conditioning)
+        return self.backbone.denoise(self.network, x, timestep.expand(len(x)), conditioning, guidance_scale)
+
+    def passes(self, guidance_scale: float) -> int:
+        """Network passes of a guided prediction for one sample."""
+        return 1 if guidance_scale == 1 or self.backbone.embeds_guidance else 2
 
     def guided(
         self, x: Tensor, timestep: Tensor, conditioning: Conditioning, unconditional: Conditioning, guidance_scale: float
     ) -> Prediction:
-        """Classifier-free guidance u + s (c - u), both passes in one batch; one pass where the scale is 1."""
+        """Classifier-free guidance u + s (c - u), both passes in one batch.
+
+        One pass where the scale is 1, or where the network embeds it as FLUX.1-dev does.
+        """
         if guidance_scale == 1:
             return self(x, timestep, conditioning)
+        if self.backbone.embeds_guidance:
+            return self._call(x, timestep, conditioning, guidance_scale)
         both = self(torch.cat([x, x]), timestep.expand(len(x)).repeat(2), Conditioning.cat([unconditional, conditioning]))
         x0, eps = both.x0.chunk(2), both.eps.chunk(2)
         return Prediction(torch.lerp(x0[0], x0[1], guidance_scale), torch.lerp(eps[0], eps[1], guidance_scale))
@@ -72,11 +85,16 @@ class AdapterRoles:
         self.current = ""
         for name in TRAINED:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(backbone.lora_targets))
-            self.network.add_adapter(config, adapter_name=name)  # type: ignore[operator]
+            # peft's own entrance: not every diffusers network (PixArt's) has `add_adapter`
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                inject_adapter_in_model(config, self.network, adapter_name=name)
         self.layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
         for name in TRAINED:
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(True)
+                # adapters learn in full precision also on a base that is kept in half
+                parameter.data = parameter.data.float()
         self.student, self.fake_score, self.teacher = (
             Role(backbone, self.network, self._entrance(name)) for name in (STUDENT, FAKE_SCORE, TEACHER)
         )

@@ -20,7 +20,7 @@ from stepladder.sampling import cascade, derived_generators, initial_noise
 
 @dataclass(frozen=True)
 class Sampler:
-    """A network in its role, the ladder it climbs, and its guidance; `nfe` counts passes, two a step under guidance."""
+    """A network in its role, the ladder it climbs, and its guidance; `nfe` counts passes, two a step under guidance unless it is embedded."""
 
     role: Role
     ladder: Ladder
@@ -30,7 +30,7 @@ class Sampler:
     @property
     def nfe(self) -> int:
         """Network passes for one image."""
-        return len(self.ladder.steps) * (1 if self.guidance_scale == 1 else 2)
+        return len(self.ladder.steps) * self.role.passes(self.guidance_scale)
 
 
 def seeded_noise(backbone: Backbone, ladder: Ladder, seeds: list[int], like: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def sample(
     precision: str = "auto",
     watch: Any = None,
 ) -> Tensor:
-    """Latents of one batch: (B, C, H, W) at the ladder's final size, in float32."""
+    """Latents of one batch: (B, C, …) at the ladder's final size, in float32."""
     like = next(iter(conditioning.tensors.values())).float()
     noise = seeded_noise(backbone, sampler.ladder, seeds, like)
     empty = unconditional.expand(len(conditioning))
@@ -63,7 +63,7 @@ def sample(
 
 @dataclass
 class Sampled:
-    """Images (N, 3, H, W) in [-1, 1] and what they cost: seconds per image in the network and in the decoder."""
+    """Images (N, 3, H, W), or video (N, 3, T, H, W), in [-1, 1] and what they cost: seconds per image in the network and in the decoder."""
 
     images: Tensor
     seconds_per_image: float

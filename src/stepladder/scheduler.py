@@ -1,4 +1,4 @@
-"""LadderScheduler: the cascade's step as a diffusers scheduler, for stock pipelines whose latents stay spatial."""
+"""LadderScheduler: the cascade's step as a diffusers scheduler, for stock pipelines."""
 
 from __future__ import annotations
 
@@ -11,19 +11,24 @@ from torch import Tensor
 
 from stepladder.errors import UserError
 from stepladder.ladder import Ladder, Step
-from stepladder.processes import TIMESTEPS, FlowProcess, predict_from_velocity
+from stepladder.packing import pack, unpack
+from stepladder.processes import TIMESTEPS, Process, process_from
 from stepladder.sampling import advance, derived_generators
 
 
 class LadderScheduler(SchedulerMixin, ConfigMixin):
-    """Climbs a ladder inside a stock flow pipeline: start it at the first rung's size, the image has the last one's.
+    """Climbs a ladder inside a stock pipeline: start it at the first rung's size, the picture has the last one's.
 
     Args:
         timesteps: the rung timesteps, one a step.
-        sizes: the latent size of each step, (H, W).
+        sizes: the latent size of each step, (H, W) or (T, H, W).
         mix: alpha of RMD Eq. 10 where the resolution grows.
         resample: kernel of U.
         preserve_variance: undo U's loss of variance.
+        packed: latents come packed, as FLUX's pipeline keeps them; growth then needs `LadderPipeline`, because the
+            stock loop fixes positions before its first step.
+        prediction_type: "flow_prediction", "epsilon" or "v_prediction".
+        beta_start, beta_end, beta_schedule: of variance-preserving models.
     """
 
     order = 1
@@ -32,23 +37,30 @@ class LadderScheduler(SchedulerMixin, ConfigMixin):
     def __init__(
         self,
         timesteps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0),
-        sizes: tuple[tuple[int, int], ...] = ((64, 64), (64, 64), (128, 128), (128, 128)),
+        sizes: tuple[tuple[int, ...], ...] = ((64, 64), (64, 64), (128, 128), (128, 128)),
         mix: float = 1.0,
         resample: str = "bilinear",
         preserve_variance: bool = False,
+        packed: bool = False,
+        prediction_type: str = "flow_prediction",
+        beta_start: float = 1e-4,
+        beta_end: float = 2e-2,
+        beta_schedule: str = "linear",
         num_train_timesteps: int = 1000,
     ) -> None:
-        self.process = FlowProcess()
-        self.timesteps = torch.tensor(timesteps, dtype=torch.float32)
+        self.process: Process = process_from(self.config)
         self.init_noise_sigma = 1.0
         self.generators: list[torch.Generator] = []
-        self.index = 0
+        self.within: tuple[int, int] | None = None
+        self._announce("cpu")
 
     @classmethod
-    def of(cls, ladder: Ladder, mix: float = 1.0, mode: str = "bilinear", preserve_variance: bool = False) -> LadderScheduler:
-        """The scheduler of a ladder."""
+    def of(cls, ladder: Ladder, process: Process, packed: bool = False, **options: Any) -> LadderScheduler:
+        """The scheduler of a ladder; `options` are those of `cascade`: mix, mode, preserve_variance."""
         timesteps = tuple(step.timestep for step in ladder.steps)
-        return cls(timesteps, tuple(step.size for step in ladder.steps), mix, mode, preserve_variance)  # type: ignore[arg-type]
+        sizes = tuple(step.size for step in ladder.steps)
+        options["resample"] = options.pop("mode", "bilinear")
+        return cls(timesteps, sizes, packed=packed, **options, **process.config())
 
     def ladder(self) -> Ladder:
         """The ladder, with stages counted by change of size; teacher timesteps are not kept beyond training."""
@@ -63,35 +75,74 @@ class LadderScheduler(SchedulerMixin, ConfigMixin):
         """The options of `cascade` that this scheduler was made with."""
         return {"mix": self.config.mix, "mode": self.config.resample, "preserve_variance": self.config.preserve_variance}
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None, **_: Any) -> None:
-        """Accept the ladder's own number of steps only: the schedule belongs to the weights."""
-        count = len(self.config.timesteps)
-        if num_inference_steps is not None and num_inference_steps != count:
-            raise UserError(f"this student takes {count} steps, not {num_inference_steps}; pass num_inference_steps={count}")
-        self.timesteps = torch.tensor(self.config.timesteps, dtype=torch.float32, device=device)
-        self.generators, self.index = [], 0
+    def keep_to(self, stage: int | None) -> None:
+        """Let the next calls take one stage's steps only, as `LadderPipeline` does; None is the whole ladder again."""
+        steps = self.ladder().steps_of(stage) if stage is not None else []
+        self.within = (steps[0], steps[-1] + 1) if steps else None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Any = None,
+        **_: Any,
+    ) -> None:
+        """Accept the ladder's own number of steps only: the schedule belongs to the weights.
+
+        `sigmas`, `mu` and the like, which some pipelines compute for their own schedulers, are not used.
+        """
+        first, last = self.within or (0, len(self.config.timesteps))
+        wanted = num_inference_steps if num_inference_steps is not None else len(sigmas) if sigmas is not None else None
+        if wanted is not None and wanted != last - first:
+            raise UserError(f"this student takes {last - first} steps, not {wanted}; pass num_inference_steps={last - first}")
+        if first == 0:
+            self.generators = []
+        self._announce(device)
+
+    def _announce(self, device: str | torch.device | None) -> None:
+        first, last = self.within or (0, len(self.config.timesteps))
+        own = torch.tensor(self.config.timesteps, dtype=torch.float32)
+        self.timesteps = self.process.network_timestep(own)[first:last].to(device)
+        self.sigmas = self.process.sigma(own)[first:last]
+        self.index = first
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Pipelines say that they begin at the beginning; the ladder knows."""
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """Flow networks take the state as it is."""
+        """Networks of both processes take the state as it is."""
         return sample
 
     def step(
         self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = True, **_: Any
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """One step of RMD Algorithm 2 from the network's velocity, (B, C, H, W)."""
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of RMD Algorithm 2 from the network's output, (B, C, H, W), (B, C, T, H, W) or packed."""
         steps = self.ladder().steps
         here = steps[self.index]
-        if tuple(sample.shape[2:]) != here.size:
-            height, width = here.size
-            raise UserError(
-                f"step {self.index + 1} expects latents of {height}x{width}, got {sample.shape[2]}x{sample.shape[3]}: pass the "
-                "first rung's height and width to the pipeline"
-            )
-        if self.index == 0:
-            self.generators = derived_generators(sample)
-        sigma = self.process.sigma(torch.tensor(here.timestep, device=sample.device))
-        prediction = predict_from_velocity(sample.float(), model_output.float(), sigma)
         after = steps[self.index + 1] if self.index + 1 < len(steps) else None
-        result = advance(self.process, prediction, here, after, self.generators, **self.options()).to(model_output.dtype)
+        state, output = self._spatial(sample, here), self._spatial(model_output, here)
+        if self.index == 0:
+            self.generators = derived_generators(state)
+        clock = torch.tensor(here.timestep, device=sample.device)
+        prediction = self.process.predict(state, output, clock)
+        result = advance(self.process, prediction, here, after, self.generators, **self.options())
         self.index += 1
-        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+        result, x0 = (self._as_given(each).to(model_output.dtype) for each in (result, prediction.x0))
+        return SchedulerOutput(prev_sample=result) if return_dict else (result, x0)
+
+    def _spatial(self, value: Tensor, here: Step) -> Tensor:
+        value = value.float()
+        wrong = UserError(
+            f"step {self.index + 1} expects latents of {'x'.join(map(str, here.size))}, got shape {tuple(value.shape)}: pass the "
+            "first rung's size to the pipeline, or use LadderPipeline, which does"
+        )
+        if self.config.packed:
+            if value.ndim != 3 or value.shape[1] * 4 != here.size[0] * here.size[1]:
+                raise wrong
+            return unpack(value, here.size)
+        if tuple(value.shape[2:]) != here.size:
+            raise wrong
+        return value
+
+    def _as_given(self, value: Tensor) -> Tensor:
+        return pack(value) if self.config.packed else value

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from functools import lru_cache
 from pathlib import Path
 
-from stepladder.backbones.base import Backbone
+import torch
+
+from stepladder.backbones.base import Backbone, Release
+from stepladder.backbones.loading import locate, read_blueprint, read_json
 from stepladder.errors import UserError
 
 
@@ -17,29 +19,48 @@ def backbones() -> dict[str, type[Backbone]]:
     """All backbones by name: every class of this package's modules that names the pipeline it wraps."""
     found = {}
     for module in pkgutil.iter_modules(__path__):
-        if module.name == "base":
-            continue
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, type) and hasattr(value, "pipeline_class") and hasattr(value, "name") and value is not Backbone:
+            if isinstance(value, type) and issubclass(value, Backbone) and value is not Backbone:
                 found[value.name] = value
     return found
 
 
-def load_backbone(path: str | Path, max_sequence_length: int = 256) -> Backbone:
-    """Load the diffusers pipeline at `path` with the backbone that knows its class.
+def releases() -> dict[str, tuple[type[Backbone], Release]]:
+    """All published models that some backbone knows without weights, by their short name."""
+    return {name: (kind, release) for kind in backbones().values() for name, release in kind.releases.items()}
+
+
+def backbone_of(pipeline_class: str, path: str | Path) -> type[Backbone]:
+    """The backbone that wraps a pipeline class.
+
+    Raises:
+        UserError: none does; those known are listed.
+    """
+    for backbone in backbones().values():
+        if backbone.pipeline_class == pipeline_class:
+            return backbone
+    known = ", ".join(sorted(backbone.pipeline_class for backbone in backbones().values()))
+    raise UserError(f"{path} is a {pipeline_class}, which no backbone knows; known pipelines: {known}")
+
+
+def load_backbone(path: str | Path, max_sequence_length: int | None = None, dtype: torch.dtype = torch.float32) -> Backbone:
+    """Load the diffusers pipeline at `path`, a folder or a hub id, with the backbone that knows its class.
 
     Raises:
         UserError: no pipeline there, or one that no backbone knows.
     """
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{path} is no diffusers pipeline (it has no model_index.json); point at a pipeline's folder")
-    try:
-        wanted = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{index} is not readable JSON ({error}); download the model again") from error
-    for backbone in backbones().values():
-        if backbone.pipeline_class == wanted:
-            return backbone.load(path, max_sequence_length)
-    known = ", ".join(sorted(backbone.pipeline_class for backbone in backbones().values()))
-    raise UserError(f"{path} is a {wanted}, which no backbone knows; known pipelines: {known}")
+    index = read_json(locate(path) / "model_index.json")
+    return backbone_of(str(index.get("_class_name")), path).load(path, max_sequence_length, dtype)
+
+
+def sketch_backbone(name: str | Path, max_sequence_length: int | None = None) -> Backbone:
+    """A model without its weights, on the meta device: a release by its short name or hub id, a folder, or another hub id.
+
+    Raises:
+        UserError: neither of these.
+    """
+    for short, (kind, release) in releases().items():
+        if str(name) in (short, release.hub_id):
+            return kind.sketch(release.blueprint, release.hub_id, max_sequence_length)
+    kind_name, blueprint = read_blueprint(locate(name))
+    return backbone_of(kind_name, name).sketch(blueprint, str(name), max_sequence_length)

@@ -1,47 +1,177 @@
-"""What all backbones share: loading a pipeline safely, and the toy text encoders of their `tiny()`."""
+"""What all backbones share: loading a pipeline safely, sketching one without weights, and toy parts for `tiny()`."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
+import transformers
 from diffusers.utils import logging as diffusers_logging
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 from stepladder.errors import UserError
 
+# component -> (class name in diffusers or transformers, configuration)
+Blueprint = Mapping[str, tuple[str, Mapping[str, Any]]]
 
-def load_pipeline(kind: type[DiffusionPipeline], path: str | Path, **options: Any) -> DiffusionPipeline:
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768}
+CLIP_G = {
+    **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
+    **{"projection_dim": 1280, "hidden_act": "gelu"},
+}
+T5_XXL = {
+    **{"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
+    **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+
+
+def kl_vae(channels: int, scaling: float, shift: float | None = None, quant: bool = True) -> tuple[str, dict[str, Any]]:
+    """The image VAE of the Stable Diffusion family, eight times down."""
+    return "AutoencoderKL", {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": channels,
+        "scaling_factor": scaling,
+        "shift_factor": shift,
+        "use_quant_conv": quant,
+        "use_post_quant_conv": quant,
+    }
+
+
+def load_pipeline(kind: str, path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """`from_pretrained` with safetensors only and every network frozen in evaluation mode.
+
+    A part that `model_index.json` names but the folder lacks is left out, as people do with large text encoders.
 
     Raises:
         UserError: weights are missing, truncated or pickled, or the folder's files do not fit together.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    folder = Path(path)
+    absent = {name: None for name in _parts(folder) if not (folder / name).is_dir()} if folder.is_dir() else {}
+    if "text_encoder_3" in absent:
+        absent["tokenizer_3"] = None
     try:
-        pipeline = kind.from_pretrained(str(path), use_safetensors=True, torch_dtype=torch.float32, **options)
+        pipeline = getattr(diffusers, kind).from_pretrained(str(path), use_safetensors=True, dtype=dtype, **absent)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} cannot be loaded as {kind.__name__}: {first}; weights must be complete and safetensors") from error
+        raise UserError(f"{path} cannot be loaded as {kind}: {first}; weights must be complete and safetensors") from error
     pipeline.set_progress_bar_config(disable=True)
+    return frozen(pipeline)
+
+
+def frozen(pipeline: Any) -> Any:
+    """The pipeline with every network in evaluation mode and no gradient."""
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     return pipeline
 
 
-def tiny_clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
+def _parts(folder: Path) -> list[str]:
+    index = read_json(folder / "model_index.json")
+    return [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model's folder."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); download the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; download the model again")
+    return content
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a string could name a model on the hub: `owner/name`, and nothing that starts a path."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")
+
+
+def locate(path: str | Path) -> Path:
+    """The folder with a model's configurations: a local one, or those of a hub id, fetched without weights.
+
+    Raises:
+        UserError: neither a folder with a pipeline nor a hub id that can be reached.
+    """
+    folder = Path(path)
+    if folder.is_dir() or not is_hub_id(str(path)):
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"{path} is no diffusers pipeline (it has no model_index.json); point at a pipeline's folder")
+        return folder
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*/*.json"]))
+    except Exception as error:
+        raise UserError(
+            f"{path} is neither a folder here nor a model the hub would give ({type(error).__name__}); check the name, or download "
+            "the model and give its folder"
+        ) from error
+
+
+def read_blueprint(folder: Path) -> tuple[str, Blueprint]:
+    """The pipeline class of a folder and the configurations of its parts; no weights are read."""
+    index = read_json(folder / "model_index.json")
+    blueprint = {}
+    for name, entry in index.items():
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
+            continue
+        for file in ("config.json", "scheduler_config.json"):
+            if (folder / name / file).is_file() and "okenizer" not in str(entry[1]):
+                blueprint[name] = (str(entry[1]), read_json(folder / name / file))
+    return str(index.get("_class_name")), blueprint
+
+
+def sketch_pipeline(kind: str, blueprint: Blueprint) -> Any:
+    """A pipeline whose networks lie on the meta device, where shapes are known and nothing is computed.
+
+    Raises:
+        UserError: a part is of no class that diffusers or transformers has.
+    """
+    parts: dict[str, Any] = {}
+    for name, (part, config) in blueprint.items():
+        if hasattr(diffusers, part):
+            with torch.device("meta") if "cheduler" not in name else torch.device("cpu"):
+                parts[name] = getattr(diffusers, part).from_config(dict(config))
+        elif hasattr(transformers, part):
+            with torch.device("meta"):
+                known = getattr(transformers, part)
+                parts[name] = known(known.config_class(**config))
+        else:
+            raise UserError(f"part {name} is a {part}, which neither diffusers nor transformers has; update them")
+    names = {name for name in getattr(diffusers, kind)._get_signature_keys(getattr(diffusers, kind))[0]}
+    return frozen(getattr(diffusers, kind)(**{name: None for name in names} | parts))
+
+
+def tiny_vae(channels: int = 4, **options: Any) -> diffusers.AutoencoderKL:
+    """A four-times-down image VAE with random weights."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=channels,
+        norm_num_groups=4,
+        **{"scaling_factor": 0.8, **options},
+    )
+
+
+def tiny_clip(width: int, projected: bool = True) -> tuple[Any, Any]:
     """A byte-level CLIP tokenizer and a two-layer text encoder with random weights, built offline."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=16)
-    config = CLIPTextConfig(
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokens),
         hidden_size=width,
         intermediate_size=width,
@@ -53,10 +183,14 @@ def tiny_clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return tokenizer, CLIPTextModelWithProjection(config)
+    return tokenizer, (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config)
 
 
-def tiny_t5(width: int) -> tuple[T5Tokenizer, T5EncoderModel]:
-    """A T5 tokenizer that knows special tokens only, and a one-layer encoder with random weights, built offline."""
-    config = T5Config(vocab_size=8, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return T5Tokenizer(extra_ids=0), T5EncoderModel(config)
+def tiny_t5(width: int, multilingual: bool = False) -> tuple[Any, Any]:
+    """A T5 tokenizer that knows letters only, and a one-layer encoder with random weights, built offline."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0), *((chr(97 + i), -3.0 - 0.01 * i) for i in range(26))]
+    tokenizer = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
+    sizes = {"vocab_size": len(pieces), "d_model": width, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    if multilingual:
+        return tokenizer, transformers.UMT5EncoderModel(transformers.UMT5Config(**sizes))
+    return tokenizer, transformers.T5EncoderModel(transformers.T5Config(**sizes))

@@ -3,49 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from stepladder.backbones.loading import load_pipeline, tiny_clip, tiny_t5
+from stepladder.backbones.base import Backbone, Release, Size, check_divisible, inputs_for
+from stepladder.backbones.loading import CLIP_G, CLIP_L, T5_XXL, frozen, kl_vae, tiny_clip, tiny_t5, tiny_vae
 from stepladder.conditioning import Conditioning
-from stepladder.errors import UserError
 from stepladder.prediction import Prediction
-from stepladder.processes import FlowProcess, predict_from_velocity
+
+CLIP_TOKENS = 77
 
 
-class SD3:
+def _release(hub_id: str, **network: Any) -> Release:
+    config = {
+        **{"sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64},
+        **{"joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm"},
+        **network,
+    }
+    blueprint = {
+        "transformer": ("SD3Transformer2DModel", config),
+        "vae": kl_vae(16, 1.5305, 0.0609, quant=False),
+        "text_encoder": ("CLIPTextModelWithProjection", CLIP_L),
+        "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G),
+        "text_encoder_3": ("T5EncoderModel", T5_XXL),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    }
+    return Release(hub_id, blueprint, (1024, 1024), 40, 4.5, "sd35")
+
+
+class SD3(Backbone):
     """`StableDiffusion3Pipeline`, with or without its T5 encoder."""
 
-    name: ClassVar[str] = "sd3"
-    pipeline_class: ClassVar[str] = "StableDiffusion3Pipeline"
-    lora_targets: ClassVar[tuple[str, ...]] = (
+    name = "sd3"
+    pipeline_class = "StableDiffusion3Pipeline"
+    lora_targets = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
         *("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"),
     )
-
-    def __init__(self, pipeline: StableDiffusion3Pipeline, source: str, max_sequence_length: int = 256) -> None:
-        self.pipeline = pipeline
-        self.source = source
-        self.max_sequence_length = max_sequence_length
-        self.process = FlowProcess()
-        self.network: Any = pipeline.transformer
-
-    @classmethod
-    def load(cls, path: str | Path, max_sequence_length: int = 256) -> SD3:
-        """Load a diffusers directory, with or without its T5; weights other than safetensors are refused."""
-        without_t5 = {} if (Path(path) / "text_encoder_3").is_dir() else {"text_encoder_3": None, "tokenizer_3": None}
-        return cls(load_pipeline(StableDiffusion3Pipeline, path, **without_t5), str(path), max_sequence_length)
+    releases = {
+        "sd35-medium": _release(
+            "stabilityai/stable-diffusion-3.5-medium",
+            **{"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384},
+            dual_attention_layers=tuple(range(13)),
+        ),
+        "sd35-large": _release(
+            "stabilityai/stable-diffusion-3.5-large",
+            **{"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192},
+        ),
+    }
 
     @classmethod
     def tiny(cls) -> SD3:
@@ -53,7 +63,7 @@ class SD3:
         torch.manual_seed(0)
         tokenizer, encoder = tiny_clip(width=32)
         t5_tokenizer, t5 = tiny_t5(width=64)
-        transformer = SD3Transformer2DModel(
+        transformer = diffusers.SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
             in_channels=4,
@@ -67,21 +77,10 @@ class SD3:
             pos_embed_max_size=16,
             qk_norm="rms_norm",
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=1.0,
-            shift_factor=0.0,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
-        pipeline = StableDiffusion3Pipeline(
+        pipeline = diffusers.StableDiffusion3Pipeline(
             transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=vae,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
             text_encoder=encoder,
             tokenizer=tokenizer,
             text_encoder_2=tiny_clip(width=32)[1],
@@ -89,39 +88,15 @@ class SD3:
             text_encoder_3=t5,
             tokenizer_3=t5_tokenizer,
         )
-        for module in (transformer, vae, pipeline.text_encoder, pipeline.text_encoder_2, t5):
-            module.eval().requires_grad_(False)
-        return cls(pipeline, "tiny-sd3", max_sequence_length=4)
+        return cls(frozen(pipeline), "tiny-sd3", max_sequence_length=4)
 
-    def to(self, device: torch.device) -> None:
-        """Move network, text encoders and VAE."""
-        self.pipeline.to(device)
+    def latent_size(self, size: Size) -> Size:
+        """Latent (H, W) of a pixel (height, width), within the positions the network knows."""
+        step = self.pipeline.vae_scale_factor * self.patch_size
+        check_divisible(size[-2:], step, self.network.config.pos_embed_max_size * step)
+        return super().latent_size(size)
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents."""
-        return self.network.config.in_channels
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """The (height, width) in pixels that the model was trained for."""
-        side = self.network.config.sample_size * self.pipeline.vae_scale_factor
-        return side, side
-
-    def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Latent (H, W) of a pixel (height, width)."""
-        config = self.network.config
-        step = self.pipeline.vae_scale_factor * config.patch_size
-        limit = config.pos_embed_max_size * step
-        if any(side <= 0 or side % step for side in size):
-            raise UserError(
-                f"size {size[0]}x{size[1]} cannot be divided by {step} (VAE times patch size); choose multiples of {step}"
-            )
-        if max(size) > limit:
-            raise UserError(f"size {size[0]}x{size[1]} is beyond this model's {limit} px; choose a smaller one")
-        return size[0] // self.pipeline.vae_scale_factor, size[1] // self.pipeline.vae_scale_factor
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[str], size: Size | None = None) -> Conditioning:
         """Run the text encoders as the stock pipeline does."""
         prompts = list(prompts)
         verbosity = logging.get_verbosity()
@@ -135,20 +110,29 @@ class SD3:
         logging.set_verbosity(verbosity)
         return Conditioning({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
-    def denoise(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Prediction:
+    def blank_conditioning(self, batch: int, device: torch.device | str) -> Conditioning:
+        """CLIP's tokens and T5's, and the pooled ones."""
+        config = self.network.config
+        tokens = CLIP_TOKENS + self.max_sequence_length
+        return Conditioning(
+            {
+                "encoder_hidden_states": torch.zeros(batch, tokens, config.joint_attention_dim, device=device),
+                "pooled_projections": torch.zeros(batch, config.pooled_projection_dim, device=device),
+            }
+        )
+
+    def denoise(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
+    ) -> Prediction:
         """One pass: velocity to x0 and eps."""
-        velocity = network(hidden_states=x, timestep=self.process.network_timestep(timestep), **conditioning.tensors).sample
-        return predict_from_velocity(x, velocity.to(x.dtype), self.process.sigma(timestep))
+        state, given = inputs_for(network, x, conditioning)
+        velocity = network(hidden_states=state, timestep=self.process.network_timestep(timestep), **given).sample
+        return self.process.predict(x, velocity, timestep)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents to images in [-1, 1]."""
-        vae = self.pipeline.vae
-        with torch.no_grad():
-            images = vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
-        return images.float().clamp(-1, 1)
+    def middle(self, network: nn.Module) -> nn.Module:
+        """The middle joint block; its image tokens are the second output."""
+        return network.transformer_blocks[len(network.transformer_blocks) // 2 - 1]  # type: ignore[index, arg-type, union-attr]
 
-    def teacher_timesteps(self, steps: int) -> list[float]:
-        """The timesteps of the pipeline's own scheduler."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
-        scheduler.set_timesteps(steps)
-        return [t.item() for t in scheduler.timesteps]
+    def call_options(self, size: Size) -> dict[str, Any]:
+        """Guidance off, and as many T5 tokens as in training."""
+        return {"guidance_scale": 1.0, "max_sequence_length": self.max_sequence_length}

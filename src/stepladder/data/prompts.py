@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from stepladder.backbones.base import Backbone
+from stepladder.backbones.base import Backbone, Size
 from stepladder.conditioning import Conditioning
 from stepladder.errors import UserError
 
@@ -66,9 +66,9 @@ def _pick(row: object, path: Path) -> str:
     raise UserError(f"{path} has rows without a column named {' or '.join(PROMPT_COLUMNS)}; rename the prompt column")
 
 
-def encode_prompts(backbone: Backbone, prompts: Sequence[str], batch: int = 64) -> Conditioning:
-    """Run the text encoders over many prompts, `batch` at a time."""
-    return Conditioning.cat([backbone.encode(prompts[start : start + batch]) for start in range(0, len(prompts), batch)])
+def encode_prompts(backbone: Backbone, prompts: Sequence[str], size: Size | None = None, batch: int = 64) -> Conditioning:
+    """Run the text encoders over many prompts, `batch` at a time, for pictures of a final pixel `size`."""
+    return Conditioning.cat([backbone.encode(prompts[start : start + batch], size) for start in range(0, len(prompts), batch)])
 
 
 class PromptCache:

@@ -58,7 +58,7 @@ def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
     generator = torch.Generator().manual_seed(seed + 1)
     size = backbone.default_size
     reference = torch.cat([render(others[start : start + 100], size, generator) for start in range(0, REFERENCES, 100)])
-    return Exam(scenes, prompts, encode_prompts(backbone, prompts), backbone.encode([""]), reference, seed)
+    return Exam(scenes, prompts, encode_prompts(backbone, prompts), backbone.unconditional(), reference, seed)
 
 
 def examine(

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stepladder.backbones.base import Backbone
+from stepladder.backbones.loading import is_hub_id
 from stepladder.errors import UserError
 from stepladder.ladder import PRESETS, Boundary, Ladder, ResolutionShift, build_ladder, spaced_timesteps
 from stepladder.methods import methods
@@ -33,15 +34,22 @@ class Part(BaseModel):
 class ModelPart(Part):
     """The pretrained model."""
 
-    path: str = Field("bundled", description="a diffusers folder, or `bundled` for the teacher in this package")
-    max_sequence_length: int = Field(256, ge=1, description="T5 tokens (SD3); 1 for the bundled teacher, whose T5 says nothing")
+    path: str = Field("bundled", description="a diffusers folder, a hub id, or `bundled` for the teacher in this package")
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="tokens of the long text encoder; the pipeline's own by default, 1 for the bundled teacher's silent T5"
+    )
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of weights that are not trained; auto is bf16 for adapters on a GPU, else fp32"
+    )
 
 
 class LadderPart(Part):
     """The ladder: sizes in pixels, steps, and where the resolution changes."""
 
     preset: Literal["sdxl", "pixart", "sd35", "wan"] | None = Field(None, description="start from a schedule of RMD Table 6")
-    sizes: list[tuple[int, int]] = Field(description="(height, width) of each rung, growing")
+    sizes: list[tuple[int, int] | tuple[int, int, int]] = Field(
+        description="(height, width) of each rung, growing; (frames, height, width) for video"
+    )
     steps: int = Field(4, ge=1, description="network calls in all")
     spacing: float = Field(1.0, gt=0, description="shift of the teacher's timesteps: 3 for SD3.5, 5 for Wan, 1 for uniform")
     sigma_min: float = Field(0.0, ge=0, lt=1, description="where the uniform spacing ends, without it")
@@ -75,6 +83,7 @@ class DataPart(Part):
     """Prompts."""
 
     prompts: Path = Field(description="TXT, JSONL or CSV; relative to the recipe")
+    negative_prompt: str = Field("", description="what guidance on the real score leads away from")
 
 
 class TrainingPart(Part):
@@ -93,7 +102,7 @@ class TrainingPart(Part):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="bf16 autocast where the device has it")
     checkpoint_every: int = Field(100, ge=1, description="updates between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
-    sample_every: int = Field(100, ge=1, description="updates between sample grids")
+    sample_every: int = Field(100, ge=0, description="updates between sample grids; 0 draws none and frees the VAE")
 
 
 class Recipe(Part):
@@ -148,8 +157,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _apply(tree, override)
     recipe = parse_recipe(tree)
     recipe.data.prompts = (path.parent / recipe.data.prompts).resolve()
-    if recipe.model.path != "bundled":
-        recipe.model.path = str((path.parent / recipe.model.path).resolve())
+    beside = (path.parent / recipe.model.path).resolve()
+    if recipe.model.path != "bundled" and (beside.exists() or not is_hub_id(recipe.model.path)):
+        recipe.model.path = str(beside)
     return recipe
 
 

@@ -15,7 +15,7 @@ from stepladder.backbones.base import Backbone
 from stepladder.data.prompts import PromptCache, encode_prompts, read_prompts
 from stepladder.errors import UserError
 from stepladder.fingerprint import fingerprint
-from stepladder.images import save_grid
+from stepladder.images import save_grid, still
 from stepladder.ladder import Ladder
 from stepladder.methods import methods
 from stepladder.precision import autocast, pick_device
@@ -63,8 +63,7 @@ class Run:
         ladder = recipe.ladder.build(backbone)
         backbone.to(device)
         base = fingerprint(backbone.network)
-        texts = read_prompts(recipe.data.prompts)
-        prompts = PromptCache(encode_prompts(backbone, texts).to("cpu"), backbone.encode([""]).to("cpu"), training.seed)
+        prompts = read_and_encode(recipe, backbone)
         roles = build_roles(backbone, recipe)
         rates = {STUDENT: training.student_learning_rate, FAKE_SCORE: training.fake_score_learning_rate}
         optimizers: dict[str, torch.optim.Optimizer] = {
@@ -114,6 +113,17 @@ class Run:
         self.average = {name: tensor.to(self.device) for name, tensor in state["average"].items()}
         self.generator.set_state(state["generator"])
         self.update = state["update"]
+
+
+def read_and_encode(recipe: Recipe, backbone: Backbone) -> PromptCache:
+    """Encode the recipe's prompts; then the text encoders, and a VAE that will draw nothing, leave the memory."""
+    texts, size = read_prompts(recipe.data.prompts), recipe.ladder.sizes[-1]
+    unconditional = backbone.unconditional(recipe.data.negative_prompt, size).to("cpu")
+    prompts = PromptCache(encode_prompts(backbone, texts, size).to("cpu"), unconditional, recipe.training.seed)
+    backbone.drop_text_encoders()
+    if not recipe.training.sample_every:
+        backbone.drop_vae()
+    return prompts
 
 
 def train_update(run: Run) -> dict[str, float]:
@@ -203,7 +213,7 @@ def sample_grid(run: Run, path: Path) -> None:
     unconditional = run.prompts.unconditional.to(run.device)
     latents = sample(sampler, run.backbone, conditioning, unconditional, seeds, run.recipe.training.precision)
     load_parameters(run.roles, STUDENT, trained)
-    save_grid(run.backbone.decode(latents), path, columns=4)
+    save_grid(still(run.backbone.decode(latents)), path, columns=4)
 
 
 def train(run: Run, folder: Path) -> None:
@@ -227,7 +237,7 @@ def train(run: Run, folder: Path) -> None:
                 left = (training.updates - run.update) / speed
                 console.print(f"update {run.update}/{training.updates} {note}, {left:.0f} s left")
             last = run.update == training.updates
-            if run.update % training.sample_every == 0 or last:
+            if training.sample_every and (run.update % training.sample_every == 0 or last):
                 sample_grid(run, folder / "samples" / f"update-{run.update:07d}.png")
             if run.update % training.checkpoint_every == 0 or last:
                 log.flush()

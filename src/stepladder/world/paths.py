@@ -9,6 +9,6 @@ TEACHER = BUNDLED / "teacher"
 JUDGE = BUNDLED / "judge.safetensors"
 
 
-def resolve_model(path: str) -> Path:
-    """A model's folder; `bundled` is the teacher inside this package."""
-    return TEACHER if path == "bundled" else Path(path)
+def resolve_model(path: str) -> str:
+    """A model's folder or hub id; `bundled` is the teacher inside this package."""
+    return str(TEACHER) if path == "bundled" else path
