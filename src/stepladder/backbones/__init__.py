@@ -53,14 +53,19 @@ def load_backbone(path: str | Path, max_sequence_length: int | None = None, dtyp
     return backbone_of(str(index.get("_class_name")), path).load(path, max_sequence_length, dtype)
 
 
-def sketch_backbone(name: str | Path, max_sequence_length: int | None = None) -> Backbone:
-    """A model without its weights, on the meta device: a release by its short name or hub id, a folder, or another hub id.
+def sketch_backbone(
+    name: str | Path,
+    max_sequence_length: int | None = None,
+    device: torch.device | str = "meta",
+    dtype: torch.dtype = torch.float32,
+) -> Backbone:
+    """A model without its weights: a release by its short name or hub id, a folder, or another hub id.
 
     Raises:
         UserError: neither of these.
     """
     for short, (kind, release) in releases().items():
         if str(name) in (short, release.hub_id):
-            return kind.sketch(release.blueprint, release.hub_id, max_sequence_length)
+            return kind.sketch(release.blueprint, release.hub_id, max_sequence_length, device, dtype)
     kind_name, blueprint = read_blueprint(locate(name))
-    return backbone_of(kind_name, name).sketch(blueprint, str(name), max_sequence_length)
+    return backbone_of(kind_name, name).sketch(blueprint, str(name), max_sequence_length, device, dtype)

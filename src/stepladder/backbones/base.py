@@ -72,9 +72,16 @@ class Backbone(ABC):
         return cls(load_pipeline(cls.pipeline_class, path, dtype), str(path), max_sequence_length)
 
     @classmethod
-    def sketch(cls, blueprint: Blueprint, source: str, max_sequence_length: int | None = None) -> Backbone:
-        """The model on the meta device: every shape, no weights and no tokenizers."""
-        return cls(sketch_pipeline(cls.pipeline_class, blueprint), source, max_sequence_length)
+    def sketch(
+        cls,
+        blueprint: Blueprint,
+        source: str,
+        max_sequence_length: int | None = None,
+        device: torch.device | str = "meta",
+        dtype: torch.dtype = torch.float32,
+    ) -> Backbone:
+        """The model from its configurations, without tokenizers: every shape on the meta device, or random weights elsewhere."""
+        return cls(sketch_pipeline(cls.pipeline_class, blueprint, device, dtype), source, max_sequence_length)
 
     @classmethod
     @abstractmethod

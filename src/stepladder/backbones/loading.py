@@ -130,25 +130,32 @@ def read_blueprint(folder: Path) -> tuple[str, Blueprint]:
     return str(index.get("_class_name")), blueprint
 
 
-def sketch_pipeline(kind: str, blueprint: Blueprint) -> Any:
-    """A pipeline whose networks lie on the meta device, where shapes are known and nothing is computed.
+def sketch_pipeline(
+    kind: str, blueprint: Blueprint, device: torch.device | str = "meta", dtype: torch.dtype = torch.float32
+) -> Any:
+    """A pipeline built from configurations alone: on the meta device only shapes, elsewhere with random weights.
 
     Raises:
         UserError: a part is of no class that diffusers or transformers has.
     """
     parts: dict[str, Any] = {}
+    before = torch.get_default_dtype()
     for name, (part, config) in blueprint.items():
-        if hasattr(diffusers, part):
-            with torch.device("meta") if "cheduler" not in name else torch.device("cpu"):
-                parts[name] = getattr(diffusers, part).from_config(dict(config))
-        elif hasattr(transformers, part):
-            with torch.device("meta"):
-                known = getattr(transformers, part)
-                parts[name] = known(known.config_class(**config))
-        else:
+        if not (hasattr(diffusers, part) or hasattr(transformers, part)):
             raise UserError(f"part {name} is a {part}, which neither diffusers nor transformers has; update them")
-    names = {name for name in getattr(diffusers, kind)._get_signature_keys(getattr(diffusers, kind))[0]}
-    return frozen(getattr(diffusers, kind)(**{name: None for name in names} | parts))
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device if "cheduler" not in name else "cpu"):
+                if hasattr(diffusers, part):
+                    parts[name] = getattr(diffusers, part).from_config(dict(config))
+                else:
+                    known = getattr(transformers, part)
+                    parts[name] = known(known.config_class(**config))
+        finally:
+            torch.set_default_dtype(before)
+    pipeline_class = getattr(diffusers, kind)
+    names = pipeline_class._get_signature_keys(pipeline_class)[0]
+    return frozen(pipeline_class(**dict.fromkeys(names) | parts))
 
 
 def tiny_vae(channels: int = 4, **options: Any) -> diffusers.AutoencoderKL:

@@ -44,7 +44,7 @@ def command(
 
     Example: stepladder plan sdxl --sizes 256,512,1024 --logsnr=-6,-2.5
     """
-    backbone, part = _subject(name)
+    backbone, part = subject(name)
     changes: dict[str, Any] = {"shift": shift, "spacing": spacing, "steps": steps}
     if timesteps is not None:
         changes["timesteps"] = _numbers(timesteps, "--timesteps")
@@ -72,7 +72,8 @@ def command(
         _print(plan, memory, name, f"batch {batch}, rank {lora_rank}" + (f", {gpus} GPUs" if gpus > 1 else ""))
 
 
-def _subject(name: str) -> tuple[Backbone, LadderPart]:
+def subject(name: str) -> tuple[Backbone, LadderPart]:
+    """The model that a name, a folder, a hub id or a recipe means, without weights, and the ladder it is planned with."""
     if name.endswith((".yaml", ".yml")):
         recipe = load_recipe(Path(name))
         return sketch_backbone(resolve_model(recipe.model.path), recipe.model.max_sequence_length), recipe.ladder
