@@ -9,10 +9,10 @@ import torch
 
 from conftest import recipe_for, rungs
 from stepladder.backbones import backbones
+from stepladder.errors import UserError
 from stepladder.ladder import build_ladder, spaced_timesteps
 from stepladder.methods import methods
 from stepladder.processes import spread
-from stepladder.errors import UserError
 from stepladder.roles import FAKE_SCORE, STUDENT, CopyRoles
 from stepladder.samplers import Sampler, sample
 from stepladder.training.trainer import Run, train_update
@@ -189,7 +189,11 @@ def test_guidance_is_two_passes_or_embedded(backbone, generator):
     x, t = some_state(model, generator, 1), torch.tensor(800.0)
     conditioning, unconditional = model.encode(["a red circle"]), model.unconditional("blue")
     with torch.no_grad():
-        guided, plain, empty = role.guided(x, t, conditioning, unconditional, 4.0), role(x, t, conditioning), role(x, t, unconditional)
+        guided, plain, empty = (
+            role.guided(x, t, conditioning, unconditional, 4.0),
+            role(x, t, conditioning),
+            role(x, t, unconditional),
+        )
     if model.embeds_guidance:
         assert role.passes(4.0) == 1
         assert (guided.x0 - plain.x0).abs().max() > 1e-4

@@ -116,7 +116,9 @@ def test_the_ladder_pipeline_draws_the_students_picture_and_needs_no_telling(tmp
     result = pipe("a red circle", latents=pack(noise) if student.backbone.packs_latents else noise, output_type="pt")
     picture = result.frames.transpose(1, 2) if hasattr(result, "frames") else result.images
     torch.testing.assert_close(picture * 2 - 1, ours, rtol=0, atol=1e-4)
-    again = [pipe(["x", "y"], generator=torch.Generator().manual_seed(1), output_type="latent", return_dict=False)[0] for _ in range(2)]
+    again = [
+        pipe(["x", "y"], generator=torch.Generator().manual_seed(1), output_type="latent", return_dict=False)[0] for _ in range(2)
+    ]
     assert torch.equal(*again)
     assert len(again[0]) == 2
     with pytest.raises(UserError, match="leave out height and width"):

@@ -6,15 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from conftest import tiny_recipe
+from stepladder.backbones import load_backbone, releases, sketch_backbone
 from stepladder.backbones.sd3 import SD3
 from stepladder.cli.main import _register, app, main
 from stepladder.data.prompts import PromptCache, read_prompts
+from stepladder.distillation import dry_run
 from stepladder.errors import UserError
+from stepladder.images import save_video
 from stepladder.training.recipe import load_recipe
+from stepladder.world.paths import resolve_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -156,6 +163,8 @@ def test_the_command_line_says_one_sentence_and_exits_with_2(tmp_path):
         ["export", "NEW"],
         ["demo", "--out", "OCCUPIED"],
         ["plan", "NEW"],
+        ["bench", "latency", "NEW"],
+        ["export", "NEW", "--format", "comfyui"],
         ["teach", "--work", "NEW", "--out", "OCCUPIED"],
     ],
     ids=" ".join,
@@ -181,12 +190,12 @@ def test_every_command_answers_bad_input_with_one_sentence_and_2(tmp_path, monke
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["demo", "plan", "distill", "generate", "evaluate", "export", "teach"])
+@pytest.mark.parametrize("name", ["demo", "plan", "distill", "generate", "evaluate", "export", "teach", "bench latency"])
 def test_every_command_has_help_with_an_example(name):
     from typer.testing import CliRunner
 
     _register()
-    shown = CliRunner().invoke(app, [name, "--help"])
+    shown = CliRunner().invoke(app, [*name.split(), "--help"])
     assert shown.exit_code == 0
     assert "Example: stepladder" in shown.stdout
 
@@ -194,4 +203,66 @@ def test_every_command_has_help_with_an_example(name):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_in_the_repository_are_valid(path):
     recipe = load_recipe(path)
-    assert recipe.data.prompts.is_file()
+    backbone = sketch_backbone(resolve_model(recipe.model.path))
+    ladder = recipe.ladder.build(backbone)
+    assert ladder.allocation() == ("3+3" if backbone.name == "wan" else "2+2")
+
+
+def test_every_release_has_a_recipe_of_its_name_and_model():
+    for name, (_, release) in releases().items():
+        recipe = load_recipe(RECIPES / f"{name}.yaml")
+        assert recipe.model.path == release.hub_id
+        assert recipe.method["guidance_scale"] == release.guidance_scale
+
+
+def test_a_dry_run_says_what_a_real_model_needs_without_its_weights():
+    lines = "\n".join(dry_run(load_recipe(RECIPES / "pixart.yaml")))
+    assert "611.3 M parameters" in lines
+    assert "2+2, t=1000 at 64x64, t=857 at 64x64, t=500 at 128x128" in lines
+    assert "prompts.txt is still missing" in lines
+    assert "21.0 × the teacher's (25 steps, guided)" in lines
+
+
+def test_hub_ids_that_cannot_be_reached_say_so():
+    with pytest.raises(UserError, match="neither a folder here nor a model the hub would give"):
+        load_backbone("nobody/nothing-of-that-name")
+
+
+def test_an_mp4_that_cannot_be_written(tmp_path):
+    video = torch.zeros(3, 2, 16, 16)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot write"):
+        save_video(video, tmp_path / "file" / "a.mp4")
+    with pytest.raises(UserError, match="cannot write"):
+        save_video(torch.zeros(3, 2, 15, 15), tmp_path / "odd.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_video_is_written_whole(tmp_path):
+    ramp = torch.linspace(-1, 1, 8)[None, :, None, None].expand(3, 8, 32, 48)
+    save_video(ramp, tmp_path / "a.mp4", frames_per_second=8)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 8
+    assert frames[0].shape == (32, 48, 3)
+    means = [frame.mean() for frame in frames]
+    assert means == sorted(means)
+    assert means[0] < 8
+    assert means[-1] > 247
+
+
+@pytest.mark.parametrize("content", ["diffusers", "other", "truncated", "pickled"])
+def test_fine_tunes_in_one_file(tmp_path, content):
+    model, weights = tmp_path / "model", tmp_path / ("tune.ckpt" if content == "pickled" else "tune.safetensors")
+    backbone = SD3.tiny()
+    backbone.pipeline.save_pretrained(str(model))
+    own = {name: tensor + 0.5 for name, tensor in backbone.network.state_dict().items()}
+    save_file(own if content == "diffusers" else {"a.weight": torch.zeros(1)}, str(weights))
+    if content == "truncated":
+        weights.write_bytes(weights.read_bytes()[:9])
+    if content != "diffusers":
+        with pytest.raises(UserError, match="tune"):
+            load_backbone(model, weights=weights)
+        return
+    loaded = load_backbone(model, weights=weights).network.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in own.items())

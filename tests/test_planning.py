@@ -18,7 +18,15 @@ from stepladder.ladder import build_ladder, spaced_timesteps
 from stepladder.planning import TrainingSetup, fused_attention, network_flops, peak_bytes, plan_ladder, plan_memory, search_ladders
 
 # notes.md section 5 and the cards of the models themselves
-PARAMETERS = {"sdxl": 2.567e9, "pixart": 0.611e9, "sd35-large": 8.06e9, "flux": 11.9e9, "wan-1.3b": 1.42e9, "wan-14b": 14.29e9, "z-image": 6.15e9}
+PARAMETERS = {
+    "sdxl": 2.567e9,
+    "pixart": 0.611e9,
+    "sd35-large": 8.06e9,
+    "flux": 11.9e9,
+    "wan-1.3b": 1.42e9,
+    "wan-14b": 14.29e9,
+    "z-image": 6.15e9,
+}
 TERAFLOPS = {
     "sdxl": {(512, 512): 1.589, (1024, 1024): 6.761},
     "pixart": {(512, 512): 1.236, (1024, 1024): 6.510},
@@ -146,7 +154,9 @@ def run(*arguments):
 
 def test_the_command_prints_the_promised_keys_within_half_a_minute():
     began = time.monotonic()
-    shown = run("plan", "pixart", "--sizes", "256,1024", "--steps", "5", "--logsnr=-4", "--spacing", "2", "--shift", "exact", "--json")
+    shown = run(
+        "plan", "pixart", "--sizes", "256,1024", "--steps", "5", "--logsnr=-4", "--spacing", "2", "--shift", "exact", "--json"
+    )
     assert shown.exit_code == 0, shown.output
     assert time.monotonic() - began < 30
     plan = json.loads(shown.stdout)
@@ -185,7 +195,22 @@ def test_wrong_questions(arguments, message):
 def test_latency_times_all_parts_of_a_tiny_model(tmp_path):
     model, out = tmp_path / "model", tmp_path / "latency.json"
     backbones()["sdxl"].tiny().pipeline.save_pretrained(str(model))
-    shown = run("bench", "latency", str(model), "--batch", "1", "--rounds", "2", "--teacher-steps", "6", "--device", "cpu", "--tiny-vae", "--out", str(out))
+    shown = run(
+        "bench",
+        "latency",
+        str(model),
+        "--batch",
+        "1",
+        "--rounds",
+        "2",
+        "--teacher-steps",
+        "6",
+        "--device",
+        "cpu",
+        "--tiny-vae",
+        "--out",
+        str(out),
+    )
     assert shown.exit_code == 0, shown.output
     figures = json.loads(out.read_text(encoding="utf-8"))
     row = figures["rows"][0]

@@ -25,7 +25,8 @@ def load_model(recipe: Recipe) -> Backbone:
     model = recipe.model
     on_gpu = pick_device(recipe.training.device).type == "cuda"
     half = model.dtype == "bf16" or (model.dtype == "auto" and on_gpu and recipe.roles.mode == "lora")
-    return load_backbone(resolve_model(model.path), model.max_sequence_length, torch.bfloat16 if half else torch.float32)
+    dtype = torch.bfloat16 if half else torch.float32
+    return load_backbone(resolve_model(model.path), model.max_sequence_length, dtype, model.weights)
 
 
 def distill(recipe: Recipe, folder: Path, resume: bool = False) -> Path:
@@ -49,6 +50,7 @@ def export_run(run: Run, folder: Path) -> Path:
     scheduler = LadderScheduler.of(ladder, run.backbone.process, run.backbone.packs_latents, **options)
     card = {
         "model": recipe.model.path,
+        "weights": str(recipe.model.weights) if recipe.model.weights is not None else None,
         "fingerprint": run.base,
         "max_sequence_length": recipe.model.max_sequence_length,
         "lora_rank": recipe.roles.lora_rank,
@@ -72,12 +74,13 @@ def dry_run(recipe: Recipe) -> list[str]:
     setup = TrainingSetup(recipe.roles.lora_rank, training.batch_size, recipe.roles.gradient_checkpointing)
     memory = plan_memory(backbone, ladder.size, setup)
     mode = f"train_{recipe.roles.mode}"
+    cards = ", ".join(memory["fits"][mode]) or "no single common card"
     return [
         f"model: {recipe.model.path} ({backbone.pipeline_class}, {plan.parameters / 1e6:.1f} M parameters)",
         f"ladder: {ladder.allocation()}, " + ", ".join(f"t={s.timestep:.0f} at {'x'.join(map(str, s.size))}" for s in ladder.steps),
         f"method: {recipe.method['name']}, roles: {recipe.roles.mode}",
         f"data: {_prompts(recipe)}, {training.updates} updates of {training.batch_size}",
-        f"memory to train at this batch: about {memory[mode] / 2**30:.1f} GiB; fits {', '.join(memory['fits'][mode]) or 'no single card'}",
+        f"memory to train at this batch: about {memory[mode] / 2**30:.1f} GiB; fits {cards}",
         f"speed: {plan.speedup_over_teacher:.1f} × the teacher's ({steps} steps{'' if backbone.embeds_guidance else ', guided'})",
     ]
 

@@ -128,7 +128,9 @@ def lora_layers(tensors: dict[str, Tensor]) -> list[str]:
     return sorted({name.split(".lora_")[0] for name in tensors})
 
 
-def export_comfyui(backbone: Backbone, tensors: dict[str, Tensor], scheduler: LadderScheduler, card: dict[str, Any], folder: Path) -> None:
+def export_comfyui(
+    backbone: Backbone, tensors: dict[str, Tensor], scheduler: LadderScheduler, card: dict[str, Any], folder: Path
+) -> None:
     """Write a LoRA for ComfyUI's own loader: its names, `.alpha` tensors, and the ladder in the file's metadata.
 
     ComfyUI has no node that changes the resolution between steps; the metadata keys `sigmas` and `latent_sizes` say what
@@ -199,18 +201,26 @@ def model_card(backbone: Backbone, facts: dict[str, Any], scheduler: LadderSched
 {weights}
 pipe.scheduler = LadderScheduler.from_pretrained("{"scheduler" if merged else "."}")  # from stepladder.scheduler
 result = pipe(prompt, {said})"""
-    drop_in = "" if backbone.rung_by_rung else f"In the stock pipeline, which starts at the first rung's size:\n\n```python\n{stock}\n```\n"
-    simple = "" if merged else f"""```python
+    drop_in = (
+        ""
+        if backbone.rung_by_rung
+        else f"In the stock pipeline, which starts at the first rung's size:\n\n```python\n{stock}\n```\n"
+    )
+    simple = (
+        ""
+        if merged
+        else f"""```python
 from stepladder.pipeline import LadderPipeline
 
 pipe = LadderPipeline.from_pretrained("{facts["model"]}", student=".")
 result = pipe(prompt)
 ```
 """
+    )
     return f"""# {facts["method"].upper()} {ladder.allocation()} student of {facts["model"]}
 
-A few-step student that climbs resolutions, distilled by Stepladder in {facts.get("updates", "?")} updates. Use it at strength 1.0; there
-is no alpha to know about. Its licence is that of the model it was distilled from: read the licence of {facts["model"]} before
+A few-step student that climbs resolutions, distilled by Stepladder in {facts.get("updates", "?")} updates. Use it at strength 1.0;
+there is no alpha to know about. Its licence is that of the model it was distilled from: read the licence of {facts["model"]} before
 you share or sell what it makes.
 
 {simple}
@@ -310,10 +320,13 @@ def load_student(
     """
     card = read_card(folder)
     base = str(model) if model is not None else card["model"]
-    backbone = load_backbone(resolve_model(base), card["max_sequence_length"], dtype)
+    weights = card.get("weights") if model is None else None
+    backbone = load_backbone(resolve_model(base), card["max_sequence_length"], dtype, weights)
     actual, wanted = fingerprint(backbone.network), card["fingerprint"]
     if actual != wanted:
-        raise UserError(f"this student was distilled from base {wanted} ({card['model']}), but {base} is {actual}; use its own base")
+        raise UserError(
+            f"this student was distilled from base {wanted} ({card['model']}), but {base} is {actual}; use its own base"
+        )
     if backbone.pipeline_class != card.get("pipeline", backbone.pipeline_class):
         raise UserError(f"this student is for a {card['pipeline']}, but {base} is a {backbone.pipeline_class}; use its own base")
     tensors = read_weights(folder, card, backbone)

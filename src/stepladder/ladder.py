@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -52,7 +52,10 @@ class Ladder:
         return "+".join(str(len(self.steps_of(stage))) for stage in range(self.stages))
 
 
-def shift_sigma(sigma: float, scale: float) -> float:
+Number = TypeVar("Number", float, torch.Tensor)
+
+
+def shift_sigma(sigma: Number, scale: float) -> Number:
     """k s / (1 + (k - 1) s): lowers logSNR by 2 log k on the flow's clock."""
     return scale * sigma / (1 + (scale - 1) * sigma)
 

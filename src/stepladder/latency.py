@@ -74,7 +74,7 @@ def measure(backbone: Backbone, ladder: Ladder, teacher_steps: int, guidance_sca
     device = next(backbone.network.parameters()).device
     if setup.tiny_vae:
         with_tiny_vae(backbone, device)
-    network = torch.compile(backbone.network) if setup.compile else backbone.network
+    network: Any = torch.compile(backbone.network) if setup.compile else backbone.network
     role = Role(backbone, network)
     full = full_resolution([step.teacher_timestep for step in ladder.steps], ladder.size)
     teacher = full_resolution(backbone.teacher_timesteps(teacher_steps), ladder.size)
@@ -105,7 +105,9 @@ def _sampling(sampler: Sampler, backbone: Backbone, batch: int, precision: str) 
 def _read(backbone: Backbone, batch: int) -> None:
     with torch.no_grad():
         for encoder in backbone.text_encoders:
-            tokens = min(backbone.max_sequence_length, getattr(encoder.config, "max_position_embeddings", backbone.max_sequence_length))
+            tokens = min(
+                backbone.max_sequence_length, getattr(encoder.config, "max_position_embeddings", backbone.max_sequence_length)
+            )
             encoder(torch.zeros(batch, tokens, dtype=torch.long, device=next(encoder.parameters()).device))
 
 
@@ -117,7 +119,9 @@ def _decoding(backbone: Backbone, ladder: Ladder, batch: int) -> Callable[[], An
 
 def facts(device: torch.device, setup: LatencySetup) -> dict[str, Any]:
     """Date, card, versions and options: what a figure of latency is worth nothing without."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    card = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     peak = {"peak_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
     return {
         "date": date.today().isoformat(),

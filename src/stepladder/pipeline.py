@@ -33,7 +33,7 @@ class LadderPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path | None = None, student: str | Path = "", torch_dtype: torch.dtype = torch.float32, device: str = "cpu"
+        cls, model: str | Path | None = None, student: str | Path = "", dtype: torch.dtype = torch.float32, device: str = "cpu"
     ) -> LadderPipeline:
         """Load a base model and the student of it.
 
@@ -46,7 +46,7 @@ class LadderPipeline:
         """
         if not student:
             raise UserError("LadderPipeline needs a student: pass student=, the folder that stepladder export or distill wrote")
-        loaded = load_student(Path(student), with_teacher=False, device=device, model=model, dtype=torch_dtype)
+        loaded = load_student(Path(student), with_teacher=False, device=device, model=model, dtype=dtype)
         return cls(loaded.backbone, LadderScheduler.from_pretrained(str(student)))
 
     def __getattr__(self, name: str) -> Any:

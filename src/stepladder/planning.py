@@ -205,7 +205,9 @@ def _roles(backbone: Backbone, mode: str, setup: TrainingSetup) -> Roles:
     with torch.device("meta"):
         lora = mode == "lora"
         roles: Roles = (
-            AdapterRoles(twin, setup.lora_rank, setup.gradient_checkpointing) if lora else CopyRoles(twin, setup.gradient_checkpointing)
+            AdapterRoles(twin, setup.lora_rank, setup.gradient_checkpointing)
+            if lora
+            else CopyRoles(twin, setup.gradient_checkpointing)
         )
     for role in (roles.student, roles.fake_score, roles.teacher):
         role.network.to(torch.bfloat16)

@@ -20,7 +20,10 @@ from stepladder.sampling import cascade, derived_generators, initial_noise
 
 @dataclass(frozen=True)
 class Sampler:
-    """A network in its role, the ladder it climbs, and its guidance; `nfe` counts passes, two a step under guidance unless it is embedded."""
+    """A network in its role, the ladder it climbs, and its guidance.
+
+    `nfe` counts passes, two a step under guidance unless the network embeds it.
+    """
 
     role: Role
     ladder: Ladder
@@ -63,7 +66,7 @@ def sample(
 
 @dataclass
 class Sampled:
-    """Images (N, 3, H, W), or video (N, 3, T, H, W), in [-1, 1] and what they cost: seconds per image in the network and in the decoder."""
+    """Images (N, 3, H, W), or video (N, 3, T, H, W), in [-1, 1], and seconds per image in the network and in the decoder."""
 
     images: Tensor
     seconds_per_image: float

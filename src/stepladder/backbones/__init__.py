@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from stepladder.backbones.base import Backbone, Release
-from stepladder.backbones.loading import locate, read_blueprint, read_json
+from stepladder.backbones.loading import locate, read_blueprint, read_json, read_single_file
 from stepladder.errors import UserError
 
 
@@ -43,14 +43,25 @@ def backbone_of(pipeline_class: str, path: str | Path) -> type[Backbone]:
     raise UserError(f"{path} is a {pipeline_class}, which no backbone knows; known pipelines: {known}")
 
 
-def load_backbone(path: str | Path, max_sequence_length: int | None = None, dtype: torch.dtype = torch.float32) -> Backbone:
+def load_backbone(
+    path: str | Path,
+    max_sequence_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    weights: str | Path | None = None,
+) -> Backbone:
     """Load the diffusers pipeline at `path`, a folder or a hub id, with the backbone that knows its class.
 
+    Args:
+        weights: a fine-tune in one safetensors file, whose denoiser takes the place of the pipeline's.
+
     Raises:
-        UserError: no pipeline there, or one that no backbone knows.
+        UserError: no pipeline there, one that no backbone knows, or weights that are not for it.
     """
     index = read_json(locate(path) / "model_index.json")
-    return backbone_of(str(index.get("_class_name")), path).load(path, max_sequence_length, dtype)
+    backbone = backbone_of(str(index.get("_class_name")), path).load(path, max_sequence_length, dtype)
+    if weights is not None:
+        backbone.network = read_single_file(backbone.network, Path(weights), locate(path), backbone.denoiser, dtype)
+    return backbone
 
 
 def sketch_backbone(

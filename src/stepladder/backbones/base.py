@@ -103,7 +103,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def denoise(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
+        self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
     ) -> Prediction:
         """One pass of `network`, which has this backbone's architecture.
 
@@ -114,14 +114,14 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def middle(self, network: nn.Module) -> nn.Module:
+    def middle(self, network: Any) -> nn.Module:
         """The block in the middle of the network, whose output `features` returns."""
 
     def unconditional(self, prompt: str = "", size: Size | None = None) -> Conditioning:
         """What guidance leads away from: a negative prompt, or the empty one, (1, …)."""
         return self.encode([prompt], size)
 
-    def features(self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def features(self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Hidden states of the middle block, (B, tokens, D), with their graph."""
         caught: list[Tensor] = []
 
@@ -142,7 +142,7 @@ class Backbone(ABC):
         return getattr(self.pipeline, self.denoiser)
 
     @network.setter
-    def network(self, network: nn.Module) -> None:
+    def network(self, network: Any) -> None:
         setattr(self.pipeline, self.denoiser, network)
 
     def forward_process(self) -> Process:
@@ -246,14 +246,12 @@ class Backbone(ABC):
 def check_divisible(size: Sequence[int], step: int, limit: int | None = None) -> None:
     """UserError where a (height, width) is no multiple of `step` or beyond `limit`."""
     if any(side <= 0 or side % step for side in size):
-        raise UserError(
-            f"size {size[0]}x{size[1]} cannot be divided by {step} (VAE times patch size); choose multiples of {step}"
-        )
+        raise UserError(f"size {size[0]}x{size[1]} cannot be divided by {step} (VAE times patch size); choose multiples of {step}")
     if limit is not None and max(size) > limit:
         raise UserError(f"size {size[0]}x{size[1]} is beyond this model's {limit} px; choose a smaller one")
 
 
-def inputs_for(network: nn.Module, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
+def inputs_for(network: Any, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
     """State and conditioning in the network's own precision."""
-    dtype = network.dtype  # type: ignore[union-attr]
-    return x.to(dtype), {name: tensor.to(dtype) for name, tensor in conditioning.tensors.items()}  # type: ignore[arg-type]
+    dtype = network.dtype
+    return x.to(dtype), {name: tensor.to(dtype) for name, tensor in conditioning.tensors.items()}

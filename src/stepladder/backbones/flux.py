@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -31,7 +31,7 @@ class Flux(Backbone):
     max_sequence_length = 512
     embeds_guidance = True
     packs_latents = True
-    releases = {
+    releases: ClassVar[Mapping[str, Release]] = {
         "flux": Release(
             "black-forest-labs/FLUX.1-dev",
             {
@@ -114,13 +114,13 @@ class Flux(Backbone):
         )
 
     def denoise(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
+        self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
     ) -> Prediction:
         """One pass: pack, predict the velocity, unpack. Where no guidance is given the stock pipeline's 3.5 is embedded."""
         state, given = inputs_for(network, x, conditioning)
         height, width = state.shape[2] // PACK, state.shape[3] // PACK
         scale = STOCK_GUIDANCE if guidance_scale is None else guidance_scale
-        embeds = network.config.guidance_embeds  # type: ignore[union-attr]
+        embeds = network.config.guidance_embeds
         velocity = network(
             hidden_states=pack(state),
             timestep=self.process.network_timestep(timestep) / 1000,
@@ -131,9 +131,9 @@ class Flux(Backbone):
         ).sample
         return self.process.predict(x, unpack(velocity, tuple(x.shape[2:])), timestep)
 
-    def middle(self, network: nn.Module) -> nn.Module:
+    def middle(self, network: Any) -> nn.Module:
         """The middle double block; its image tokens are the second output."""
-        return network.transformer_blocks[len(network.transformer_blocks) // 2]  # type: ignore[index, arg-type, return-value]
+        return network.transformer_blocks[len(network.transformer_blocks) // 2]
 
     def teacher_timesteps(self, steps: int) -> list[float]:
         """The stock pipeline's, whose shift grows with the picture; here for the default size."""

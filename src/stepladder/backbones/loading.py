@@ -12,6 +12,7 @@ import torch
 import transformers
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from stepladder.errors import UserError
@@ -66,6 +67,28 @@ def load_pipeline(kind: str, path: str | Path, dtype: torch.dtype = torch.float3
         raise UserError(f"{path} cannot be loaded as {kind}: {first}; weights must be complete and safetensors") from error
     pipeline.set_progress_bar_config(disable=True)
     return frozen(pipeline)
+
+
+def read_single_file(network: Any, weights: Path, base: Path, part: str, dtype: torch.dtype) -> Any:
+    """A network of `network`'s class with the weights of one safetensors file, in diffusers' names or in the original ones.
+
+    Raises:
+        UserError: the file is missing, truncated, pickled, or another model's.
+    """
+    if weights.suffix != ".safetensors":
+        raise UserError(f"{weights} is no safetensors file; convert it, pickled weights are never loaded")
+    try:
+        tensors = load_file(str(weights))
+        if set(tensors) == set(network.state_dict()):
+            network.load_state_dict(tensors)
+            return network
+        found = type(network).from_single_file(str(weights), config=str(base), subfolder=part, dtype=dtype)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{weights} does not fit a {type(network).__name__}: {first}; give the fine-tune's own base model"
+        ) from error
+    return found.eval().requires_grad_(False)
 
 
 def frozen(pipeline: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -30,7 +30,7 @@ class PixArt(Backbone):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "adaln_single.linear", "proj_out")
     max_sequence_length = 120
     loads_lora = False
-    releases = {
+    releases: ClassVar[Mapping[str, Release]] = {
         "pixart": Release(
             "PixArt-alpha/PixArt-XL-2-1024-MS",
             {
@@ -99,7 +99,7 @@ class PixArt(Backbone):
         )
 
     def denoise(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
+        self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
     ) -> Prediction:
         """One pass: the noise half of the output to x0 and eps.
 
@@ -119,9 +119,9 @@ class PixArt(Backbone):
             "aspect_ratio": state.new_tensor([[height / width]]).expand(len(state), -1),
         }
 
-    def middle(self, network: nn.Module) -> nn.Module:
+    def middle(self, network: Any) -> nn.Module:
         """The middle block."""
-        return network.transformer_blocks[len(network.transformer_blocks) // 2]  # type: ignore[index, arg-type, return-value]
+        return network.transformer_blocks[len(network.transformer_blocks) // 2]
 
     def call_options(self, size: Size) -> dict[str, Any]:
         """Guidance off, sizes as they are, and as many T5 tokens as in training."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -45,7 +45,7 @@ class SD3(Backbone):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
         *("norm1.linear", "norm1_context.linear", "norm_out.linear", "proj_out"),
     )
-    releases = {
+    releases: ClassVar[Mapping[str, Release]] = {
         "sd35-medium": _release(
             "stabilityai/stable-diffusion-3.5-medium",
             **{"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384},
@@ -122,16 +122,16 @@ class SD3(Backbone):
         )
 
     def denoise(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
+        self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
     ) -> Prediction:
         """One pass: velocity to x0 and eps."""
         state, given = inputs_for(network, x, conditioning)
         velocity = network(hidden_states=state, timestep=self.process.network_timestep(timestep), **given).sample
         return self.process.predict(x, velocity, timestep)
 
-    def middle(self, network: nn.Module) -> nn.Module:
+    def middle(self, network: Any) -> nn.Module:
         """The middle joint block; its image tokens are the second output."""
-        return network.transformer_blocks[len(network.transformer_blocks) // 2 - 1]  # type: ignore[index, arg-type, union-attr]
+        return network.transformer_blocks[len(network.transformer_blocks) // 2 - 1]
 
     def call_options(self, size: Size) -> dict[str, Any]:
         """Guidance off, and as many T5 tokens as in training."""

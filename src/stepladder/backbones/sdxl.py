@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -42,7 +42,7 @@ class SDXL(Backbone):
         *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
         *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
     )
-    releases = {
+    releases: ClassVar[Mapping[str, Release]] = {
         "sdxl": Release(
             "stabilityai/stable-diffusion-xl-base-1.0",
             {
@@ -111,7 +111,9 @@ class SDXL(Backbone):
         given = self.encode([prompt], size)
         if prompt or not self.pipeline.config.force_zeros_for_empty_prompt:
             return given
-        blank = {name: given.tensors[name] if name == "time_ids" else torch.zeros_like(given.tensors[name]) for name in given.tensors}
+        blank = {
+            name: given.tensors[name] if name == "time_ids" else torch.zeros_like(given.tensors[name]) for name in given.tensors
+        }
         return Conditioning(blank)
 
     def _time_ids(self, like: Tensor, size: Size | None) -> Tensor:
@@ -131,7 +133,7 @@ class SDXL(Backbone):
         )
 
     def denoise(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
+        self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
     ) -> Prediction:
         """One pass: noise to x0 and eps."""
         state, given = inputs_for(network, x, conditioning)
@@ -140,9 +142,9 @@ class SDXL(Backbone):
         noise = network(state, clock, encoder_hidden_states=given["encoder_hidden_states"], added_cond_kwargs=added).sample
         return self.process.predict(x, noise, timestep)
 
-    def middle(self, network: nn.Module) -> nn.Module:
+    def middle(self, network: Any) -> nn.Module:
         """The UNet's bottom."""
-        return network.mid_block  # type: ignore[return-value]
+        return network.mid_block
 
     def unscale(self, latents: Tensor) -> Tensor:
         """From the network's latents to the VAE's; some fine-tunes have means and deviations."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -39,7 +39,7 @@ class Wan(Backbone):
     pipeline_class = "WanPipeline"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     max_sequence_length = 512
-    releases = {
+    releases: ClassVar[Mapping[str, Release]] = {
         "wan-1.3b": _release(
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
             (480, 832),
@@ -115,16 +115,16 @@ class Wan(Backbone):
         return Conditioning({"encoder_hidden_states": embeds})
 
     def denoise(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
+        self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
     ) -> Prediction:
         """One pass: velocity to x0 and eps."""
         state, given = inputs_for(network, x, conditioning)
         velocity = network(hidden_states=state, timestep=self.process.network_timestep(timestep), **given).sample
         return self.process.predict(x, velocity, timestep)
 
-    def middle(self, network: nn.Module) -> nn.Module:
+    def middle(self, network: Any) -> nn.Module:
         """The middle block."""
-        return network.blocks[len(network.blocks) // 2]  # type: ignore[index, arg-type, return-value]
+        return network.blocks[len(network.blocks) // 2]
 
     def unscale(self, latents: Tensor) -> Tensor:
         """Latents are normalised channel by channel."""

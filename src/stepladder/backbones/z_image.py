@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import diffusers
 import torch
@@ -29,7 +29,7 @@ class ZImage(Backbone):
     pipeline_class = "ZImagePipeline"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     max_sequence_length = 512
-    releases = {
+    releases: ClassVar[Mapping[str, Release]] = {
         "z-image": Release(
             "Tongyi-MAI/Z-Image",
             {
@@ -119,10 +119,10 @@ class ZImage(Backbone):
         )
 
     def denoise(
-        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
+        self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
     ) -> Prediction:
         """One pass: the network's clock runs from noise 0 to image 1, and its output points towards the image."""
-        dtype = network.dtype  # type: ignore[union-attr]
+        dtype = network.dtype
         captions = conditioning.tensors["cap_feats"].to(dtype)
         mask = conditioning.tensors.get("mask")
         said = list(captions) if mask is None else [each[kept.bool()] for each, kept in zip(captions, mask, strict=True)]
@@ -131,9 +131,9 @@ class ZImage(Backbone):
         velocity = -torch.stack([each.float() for each in output]).squeeze(2)
         return self.process.predict(x, velocity, timestep)
 
-    def middle(self, network: nn.Module) -> nn.Module:
+    def middle(self, network: Any) -> nn.Module:
         """The middle block; image tokens stand before the caption's."""
-        return network.layers[len(network.layers) // 2]  # type: ignore[index, arg-type, return-value]
+        return network.layers[len(network.layers) // 2]
 
     def call_options(self, size: Size) -> dict[str, Any]:
         """As many tokens as in training, and guidance off, which is 0 here: this pipeline adds s (c - u) to c, not to u."""

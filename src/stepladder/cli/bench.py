@@ -31,7 +31,9 @@ def group() -> None:
 
 @app.command("latency")
 def latency(
-    name: Annotated[str, typer.Argument(help="what stepladder plan takes: sdxl, wan-14b, bundled, a folder, a recipe …")] = "bundled",
+    name: Annotated[
+        str, typer.Argument(help="what stepladder plan takes: sdxl, wan-14b, bundled, a folder, a recipe …")
+    ] = "bundled",
     batch: Annotated[list[int] | None, typer.Option(min=1, help="batch size; may be given several times")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="runs of which the median is taken")] = 5,
     warmup: Annotated[int, typer.Option(min=0, help="runs before them")] = 1,

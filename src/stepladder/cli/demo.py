@@ -53,8 +53,8 @@ def command(
     if out.is_dir() and any(out.iterdir()) and not resume:
         raise UserError(f"{out} is not empty; add --resume to continue a demo there or choose another folder with --out")
     prompts = out / "prompts.txt"
-    write_text(prompts, "\n".join(captions(draw_scenes(PROMPTS, 1), 1)) + "\n")
     recipe = load_recipe(RECIPE, overrides or [])
+    write_text(prompts, "\n".join(captions(draw_scenes(PROMPTS, 1), 1)) + "\n")
     recipe.data.prompts = prompts.resolve()
     console.print(f"distilling the bundled teacher: {recipe.training.updates} updates")
     folder = distill(recipe, run, resume and (run / RECIPE_FILE).exists())

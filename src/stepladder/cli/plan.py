@@ -23,7 +23,9 @@ GIB = 2**30
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="sdxl, flux, wan-14b …, `bundled`, a diffusers folder, a hub id, or a recipe")] = "bundled",
+    name: Annotated[
+        str, typer.Argument(help="sdxl, flux, wan-14b …, `bundled`, a diffusers folder, a hub id, or a recipe")
+    ] = "bundled",
     sizes: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of each rung, or one side: 512,1024")] = None,
     timesteps: Annotated[str | None, typer.Option(help="the teacher's timesteps, falling: 1000,750,500,250")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="steps of the ladder")] = None,
@@ -79,7 +81,9 @@ def subject(name: str) -> tuple[Backbone, LadderPart]:
         return sketch_backbone(resolve_model(recipe.model.path), recipe.model.max_sequence_length), recipe.ladder
     known = releases()
     if name not in known and name != "bundled" and "/" not in name and not Path(name).exists():
-        raise UserError(f"{name} is neither a known model ({', '.join(sorted(known))}, bundled), nor a folder, a hub id or a recipe")
+        raise UserError(
+            f"{name} is neither a known model ({', '.join(sorted(known))}, bundled), nor a folder, a hub id or a recipe"
+        )
     backbone = sketch_backbone(resolve_model(name), 1 if name == "bundled" else None)
     for short, (_, release) in known.items():
         if short == name or release.hub_id == backbone.source:

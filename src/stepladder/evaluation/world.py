@@ -56,8 +56,8 @@ def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
     prompts = captions(scenes, seed)
     others = draw_scenes(REFERENCES, seed + 1, held_out=True)
     generator = torch.Generator().manual_seed(seed + 1)
-    size = backbone.default_size
-    reference = torch.cat([render(others[start : start + 100], size, generator) for start in range(0, REFERENCES, 100)])
+    height, width = backbone.default_size
+    reference = torch.cat([render(others[start : start + 100], (height, width), generator) for start in range(0, REFERENCES, 100)])
     return Exam(scenes, prompts, encode_prompts(backbone, prompts), backbone.unconditional(), reference, seed)
 
 

@@ -35,8 +35,13 @@ class ModelPart(Part):
     """The pretrained model."""
 
     path: str = Field("bundled", description="a diffusers folder, a hub id, or `bundled` for the teacher in this package")
+    weights: Path | None = Field(
+        None, description="a fine-tune's denoiser in one safetensors file, put in the place of the pipeline's own"
+    )
     max_sequence_length: int | None = Field(
-        None, ge=1, description="tokens of the long text encoder; the pipeline's own by default, 1 for the bundled teacher's silent T5"
+        None,
+        ge=1,
+        description="tokens of the long text encoder; the pipeline's own by default, 1 for the bundled teacher's silent T5",
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of weights that are not trained; auto is bf16 for adapters on a GPU, else fp32"
@@ -157,6 +162,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _apply(tree, override)
     recipe = parse_recipe(tree)
     recipe.data.prompts = (path.parent / recipe.data.prompts).resolve()
+    if recipe.model.weights is not None:
+        recipe.model.weights = (path.parent / recipe.model.weights).resolve()
     beside = (path.parent / recipe.model.path).resolve()
     if recipe.model.path != "bundled" and (beside.exists() or not is_hub_id(recipe.model.path)):
         recipe.model.path = str(beside)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Trans
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from stepladder.ladder import shift_sigma
 from stepladder.precision import autocast, pick_device
 from stepladder.progress import progress_bar
 from stepladder.renoise import gaussian
@@ -83,7 +84,7 @@ def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
     bell = torch.sigmoid(1.2 * torch.randn(count, generator=generator))
     flat = torch.rand(count, generator=generator)
     sigma = torch.where(torch.rand(count, generator=generator) < 0.2, flat, bell)
-    return TRAINING_SHIFT * sigma / (1 + (TRAINING_SHIFT - 1) * sigma)
+    return shift_sigma(sigma, TRAINING_SHIFT)
 
 
 def flow_loss(
