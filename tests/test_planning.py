@@ -66,8 +66,10 @@ def test_speedups_of_rmd_tables_1_and_2(name):
     [
         ("pixart", [512, 1024], [-6.0], "1+3", 1.25),
         ("pixart", [512, 1024], [-2.5], "2+2", 1.68),
-        ("pixart", [512, 1024], [-0.0], "3+1", 2.54),
-        ("sdxl", [256, 512, 1024], [-2.5, -0.5], "2+1+1", 2.90),
+        ("pixart", [512, 1024], [0.0], "3+1", 2.54),
+        ("sdxl", [256, 512, 1024], [-2.5, 0.0], "2+1+1", 2.90),
+        ("sdxl", [256, 512, 1024], [-4.0, -1.5], "1+1+2", 1.73),
+        ("sdxl", [256, 512, 1024], [-4.0, 0.0], "1+2+1", 2.54),
     ],
 )
 def test_speedups_of_rmd_tables_4_and_5(name, sizes, logsnr, allocation, expected):
@@ -76,14 +78,6 @@ def test_speedups_of_rmd_tables_4_and_5(name, sizes, logsnr, allocation, expecte
     ladder = build_ladder(backbone.process, spaced_timesteps(4), latents, logsnr)
     assert ladder.allocation() == allocation
     assert plan_ladder(backbone, ladder, 40).speedup_over_full_resolution == pytest.approx(expected, rel=0.08)
-
-
-@pytest.mark.parametrize(("allocation", "expected"), [((1, 1, 2), 1.73), ((1, 2, 1), 2.54)])
-def test_the_other_speedups_of_rmd_table_5_by_operations(allocation, expected):
-    backbone = sketch_backbone("sdxl")
-    flops = [network_flops(backbone, backbone.latent_size((side, side))) for side in (256, 512, 1024)]
-    cost = sum(count * each for count, each in zip(allocation, flops, strict=True))
-    assert 4 * flops[-1] / cost == pytest.approx(expected, rel=0.08)
 
 
 def test_peak_bytes_counts_what_lives_at_once_and_neither_views_nor_what_was_there():
@@ -111,7 +105,7 @@ def test_peak_bytes_of_a_training_step_is_its_activations_and_gradients():
 def test_attention_on_paper_holds_no_matrix():
     query = torch.empty(1, 2, 512, 16, device="meta")
     call = lambda: nn.functional.scaled_dot_product_attention(query, query, query)
-    assert peak_bytes(call) < 512 * 512 * 4 < 4 * query.numel() * 16
+    assert peak_bytes(call) < 512 * 512 * 4
     with fused_attention():
         assert call().shape == query.shape
     assert "flash" not in nn.functional.scaled_dot_product_attention.__name__

@@ -8,7 +8,14 @@ from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepladder.processes import FlowProcess, VariancePreservingProcess, predict_from_noise, predict_from_velocity
+from stepladder.errors import UserError
+from stepladder.processes import (
+    FlowProcess,
+    VariancePreservingProcess,
+    predict_from_noise,
+    predict_from_velocity,
+    process_from,
+)
 
 PROCESSES = [FlowProcess(), VariancePreservingProcess.linear(), VariancePreservingProcess.scaled_linear()]
 timesteps = st.floats(1.0, 998.0)
@@ -82,3 +89,33 @@ def test_predictions_rebuild_the_state(t, seed):
     x = alpha[:, None, None, None] * x0 + sigma[:, None, None, None] * eps
     torch.testing.assert_close(predict_from_noise(x, eps, alpha, sigma).x0, x0, rtol=1e-4, atol=1e-4)
     assert flow.sigma(when).tolist() == pytest.approx([t / 1000] * 2)
+
+
+@given(t=st.floats(10.0, 990.0), seed=st.integers(0, 100))
+def test_v_predictions_rebuild_image_and_noise(t, seed):
+    draw = torch.Generator().manual_seed(seed)
+    x0, eps = (torch.randn(2, 3, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    process = VariancePreservingProcess(0.00085, 0.012, "scaled_linear", prediction_type="v_prediction")
+    when = torch.tensor(t, dtype=torch.float64)
+    alpha, sigma = process.alpha(when), process.sigma(when)
+    got = process.predict(alpha * x0 + sigma * eps, alpha * eps - sigma * x0, when)
+    torch.testing.assert_close(got.x0, x0, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got.eps, eps, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda process: type(process).__name__)
+def test_a_process_is_rebuilt_from_its_configuration(process):
+    assert process_from(process.config()) == process
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta schedule"),
+        ({"prediction_type": "sample"}, "prediction type"),
+        ({"rescale_betas_zero_snr": True}, "zero terminal SNR"),
+    ],
+)
+def test_schedules_that_no_backbone_was_made_for_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        process_from(config)

@@ -143,6 +143,7 @@ class Backbone(ABC):
 
     @network.setter
     def network(self, network: Any) -> None:
+        """Put another denoiser into the pipeline."""
         setattr(self.pipeline, self.denoiser, network)
 
     def forward_process(self) -> Process:

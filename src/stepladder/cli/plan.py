@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Show a ladder's schedule, operations, speedup and memory, from the model's architecture alone.
 
-    Example: stepladder plan sdxl --sizes 256,512,1024 --logsnr=-6,-2.5
+    Example: stepladder plan sdxl --sizes 256,512,1024 --logsnr=-2.5,0
     """
     backbone, part = subject(name)
     changes: dict[str, Any] = {"shift": shift, "spacing": spacing, "steps": steps}
