@@ -156,7 +156,10 @@ def test_comfyui_gets_its_names_alphas_and_the_ladder(tmp_path, name):
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["latent_sizes"]) == [list(step.size) for step in run.ladder.steps]
-    assert len(json.loads(metadata["sigmas"])) == len(run.ladder.steps)
+    sigmas = json.loads(metadata["sigmas"])
+    assert len(sigmas) == len(run.ladder.steps) + 1
+    assert sigmas[-1] == 0
+    assert sigmas[0] == pytest.approx({"sdxl": 14.61, "pixart": 157.41}.get(name, 1.0), rel=1e-3)
 
 
 def test_diffusers_own_converter_reads_wans_comfyui_names_back(tmp_path):
@@ -217,6 +220,15 @@ def test_the_export_remembers_ladder_and_weights(exported):
     assert "height=16, width=16, num_inference_steps=4" in card
 
 
+def test_the_card_holds_what_was_measured(exported, tmp_path):
+    run, _, folder = exported
+    assert "No figures were measured" in (folder / "README.md").read_text(encoding="utf-8")
+    figures = {"rmd": {"nfe": 4, "prompt_accuracy": 0.8125, "fid": 0.51, "samples": 64, "seed": 3}}
+    card = (export_run(run, tmp_path / "again", figures) / "README.md").read_text(encoding="utf-8")
+    assert "seed 3" in card
+    assert "| rmd | 4 | 0.812 | 0.51 | 64 |" in card
+
+
 def test_the_student_alone_draws_the_same_with_half_the_memory(exported):
     _, _, folder = exported
     both, alone = load_student(folder, device="cpu"), load_student(folder, with_teacher=False, device="cpu")
@@ -275,7 +287,9 @@ def test_a_pipeline_without_its_t5_loads(tmp_path):
     assert (embeds[:, 16:] == 0).all()
 
 
-@pytest.mark.parametrize("damage", ["no folder", "not json", "unknown class", "truncated weights", "pickled weights"])
+@pytest.mark.parametrize(
+    "damage", ["no folder", "not json", "unknown class", "missing part", "truncated weights", "pickled weights"]
+)
 def test_damaged_pipelines_are_refused(tmp_path, damage):
     model = tmp_path / "model"
     SD3.tiny().pipeline.save_pretrained(str(model))
@@ -286,6 +300,8 @@ def test_damaged_pipelines_are_refused(tmp_path, damage):
         index.write_text("{", encoding="utf-8")
     elif damage == "unknown class":
         index.write_text(json.dumps({"_class_name": "OtherPipeline"}), encoding="utf-8")
+    elif damage == "missing part":
+        shutil.rmtree(weights.parent)
     elif damage == "truncated weights":
         weights.write_bytes(weights.read_bytes()[:1000])
     else:

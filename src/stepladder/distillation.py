@@ -19,6 +19,8 @@ from stepladder.training.recipe import Recipe
 from stepladder.training.trainer import RECIPE_FILE, Run, check_folder, checkpoints, latest_state, train
 from stepladder.world.paths import resolve_model
 
+BUNDLED_STEPS = 28
+
 
 def load_model(recipe: Recipe) -> Backbone:
     """The recipe's backbone, its weights in the recipe's precision."""
@@ -43,8 +45,8 @@ def distill(recipe: Recipe, folder: Path, resume: bool = False) -> Path:
     return export_run(run, folder / "student")
 
 
-def export_run(run: Run, folder: Path) -> Path:
-    """Export a run's averaged student."""
+def export_run(run: Run, folder: Path, figures: dict[str, Any] | None = None) -> Path:
+    """Export a run's averaged student; `figures`, what `evaluate` measured, go into its card."""
     recipe, ladder = run.recipe, run.ladder
     options: dict[str, Any] = run.method.sampler_options()
     scheduler = LadderScheduler.of(ladder, run.backbone.process, run.backbone.packs_latents, **options)
@@ -59,6 +61,7 @@ def export_run(run: Run, folder: Path) -> Path:
         "first_size": run.backbone.pixel_size(ladder.steps[0].size),
         "size": run.backbone.pixel_size(ladder.size),
         "updates": run.update,
+        "figures": figures,
         "recipe": recipe.model_dump(mode="json", exclude={"data"}),
     }
     export_student(run.backbone, run.average, recipe.roles.mode, scheduler, card, folder)
@@ -91,5 +94,8 @@ def _prompts(recipe: Recipe) -> str:
 
 
 def teacher_steps_of(backbone: Backbone) -> int:
-    """Steps of the teacher's own sampler: a release's, or the 28 of the bundled teacher."""
-    return next((release.teacher_steps for release in backbone.releases.values() if release.hub_id == backbone.source), 28)
+    """Steps of the teacher's own sampler: 28 of the bundled one, a release's, or those of the releases with its pipeline."""
+    if backbone.source == resolve_model("bundled"):
+        return BUNDLED_STEPS
+    steps = {release.hub_id: release.teacher_steps for release in backbone.releases.values()}
+    return steps.get(backbone.source, next(iter(steps.values()), BUNDLED_STEPS))

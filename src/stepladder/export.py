@@ -22,6 +22,7 @@ from stepladder.errors import UserError
 from stepladder.fingerprint import fingerprint
 from stepladder.ladder import Ladder, full_resolution
 from stepladder.precision import pick_device
+from stepladder.processes import FlowProcess
 from stepladder.roles import Role, load_tensors
 from stepladder.samplers import Sampler
 from stepladder.scheduler import LadderScheduler
@@ -134,7 +135,7 @@ def export_comfyui(
     """Write a LoRA for ComfyUI's own loader: its names, `.alpha` tensors, and the ladder in the file's metadata.
 
     ComfyUI has no node that changes the resolution between steps; the metadata keys `sigmas` and `latent_sizes` say what
-    such a node needs.
+    such a node needs. Sigmas are noise over image: t / 1000 for flows, sqrt((1 - abar) / abar) for variance-preserving models.
     """
 
     def fill(beside: Path) -> None:
@@ -148,7 +149,7 @@ def export_comfyui(
         metadata = {
             "format": "pt",
             "base_model": str(card["model"]),
-            "sigmas": json.dumps([round(sigma, 6) for sigma in scheduler.sigmas.tolist()]),
+            "sigmas": json.dumps([*(round(sigma, 6) for sigma in comfy_sigmas(scheduler)), 0.0]),
             "timesteps": json.dumps([step.timestep for step in steps]),
             "latent_sizes": json.dumps([list(step.size) for step in steps]),
             "alpha_of_noise": json.dumps(scheduler.config.mix),
@@ -158,6 +159,14 @@ def export_comfyui(
         write_text(beside / "README.md", comfy_card(facts, scheduler))
 
     write_folder(folder, COMFY_FILE, fill)
+
+
+def comfy_sigmas(scheduler: LadderScheduler) -> list[float]:
+    """The ladder's noise levels as ComfyUI counts them."""
+    process, timesteps = scheduler.process, torch.tensor(scheduler.config.timesteps, dtype=torch.float64)
+    if isinstance(process, FlowProcess):
+        return process.sigma(timesteps).tolist()
+    return (process.sigma(timesteps) / process.alpha(timesteps)).tolist()
 
 
 def export_merged(student: Student, scheduler: LadderScheduler, folder: Path) -> None:
@@ -229,7 +238,23 @@ you share or sell what it makes.
 |---|---|
 {_ladder_rows(scheduler)}
 
+{_figures(facts)}
 The whole recipe stands in `{CARD_FILE}`.
+"""
+
+
+def _figures(facts: dict[str, Any]) -> str:
+    if not facts.get("figures"):
+        return "No figures were measured before this export."
+    rows = "\n".join(
+        f"| {name} | {row['nfe']} | {row['prompt_accuracy']:.3f} | {row['fid']:.2f} | {row['samples']} |"
+        for name, row in facts["figures"].items()
+    )
+    return f"""On held-out captions of the bundled world, seed {next(iter(facts["figures"].values()))["seed"]}:
+
+| sampler | passes | prompts right | FID | samples |
+|---|---|---|---|---|
+{rows}
 """
 
 
@@ -237,10 +262,10 @@ def comfy_card(facts: dict[str, Any], scheduler: LadderScheduler) -> str:
     """The README beside a ComfyUI LoRA."""
     return f"""# {facts["method"].upper()} student of {facts["model"]}, for ComfyUI
 
-Put `{COMFY_FILE}` into `models/loras` and load it with LoraLoaderModelOnly at strength 1.0. Guidance (cfg) is 1. Sample these
-timesteps with a sampler that changes the latent size between steps; they stand in the file's metadata too (`sigmas`,
-`latent_sizes`). At full size throughout, the same sigmas work, slower and a little beside what was trained. Its licence is
-that of {facts["model"]}.
+Put `{COMFY_FILE}` into `models/loras` and load it with LoraLoaderModelOnly at strength 1.0; guidance (cfg) is 1. The student climbs
+resolutions, and ComfyUI has no node of its own that does: sample these steps with one that resizes the latent between them. The
+file's metadata holds what it needs (`sigmas` as ComfyUI counts them, `latent_sizes`, `alpha_of_noise`). Its licence is that of
+{facts["model"]}.
 
 | timestep | latent size |
 |---|---|

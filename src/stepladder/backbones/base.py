@@ -101,17 +101,19 @@ class Backbone(ABC):
     def blank_conditioning(self, batch: int, device: torch.device | str) -> Conditioning:
         """Conditioning of the right shapes without running a text encoder, for counting and timing."""
 
-    @abstractmethod
     def denoise(
         self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
     ) -> Prediction:
-        """One pass of `network`, which has this backbone's architecture.
+        """One pass of `network`, which has this backbone's architecture; here of one that takes its conditioning by name.
 
         Args:
             x: (B, C, H, W), or (B, C, T, H, W).
             timestep: (B,), on the clock of x's resolution.
             guidance_scale: for networks that embed it (`embeds_guidance`); ignored by the others.
         """
+        state, given = inputs_for(network, x, conditioning)
+        output = network(hidden_states=state, timestep=self.process.network_timestep(timestep), **given).sample
+        return self.process.predict(x, output, timestep)
 
     @abstractmethod
     def middle(self, network: Any) -> nn.Module:
@@ -235,8 +237,11 @@ class Backbone(ABC):
         return [t.item() for t in scheduler.timesteps]
 
     def call_options(self, size: Size) -> dict[str, Any]:
-        """What a stock call must be told beside the first rung's size, for a final pixel `size`."""
-        return {"guidance_scale": 1.0}
+        """What a stock call must be told beside the first rung's size, for a final pixel `size`.
+
+        Guidance is off, and the long text encoder has as many tokens as in training.
+        """
+        return {"guidance_scale": 1.0, "max_sequence_length": self.max_sequence_length}
 
     @staticmethod
     def comfy_key(name: str) -> str:

@@ -49,7 +49,7 @@ def kl_vae(channels: int, scaling: float, shift: float | None = None, quant: boo
 def load_pipeline(kind: str, path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     """`from_pretrained` with safetensors only and every network frozen in evaluation mode.
 
-    A part that `model_index.json` names but the folder lacks is left out, as people do with large text encoders.
+    SD3's T5 may be absent although `model_index.json` names it, as people do with large text encoders.
 
     Raises:
         UserError: weights are missing, truncated or pickled, or the folder's files do not fit together.
@@ -57,11 +57,13 @@ def load_pipeline(kind: str, path: str | Path, dtype: torch.dtype = torch.float3
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     folder = Path(path)
-    absent = {name: None for name in _parts(folder) if not (folder / name).is_dir()} if folder.is_dir() else {}
-    if "text_encoder_3" in absent:
-        absent["tokenizer_3"] = None
+    without_t5 = kind == "StableDiffusion3Pipeline" and folder.is_dir() and not (folder / "text_encoder_3").is_dir()
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {}
+    weights = list(folder.glob("*/*.safetensors")) if folder.is_dir() else []
+    # folders saved with a variant hold model.fp16.safetensors and no plain file
+    variant = {"variant": "fp16"} if weights and all(".fp16." in file.name for file in weights) else {}
     try:
-        pipeline = getattr(diffusers, kind).from_pretrained(str(path), use_safetensors=True, dtype=dtype, **absent)
+        pipeline = getattr(diffusers, kind).from_pretrained(str(path), use_safetensors=True, dtype=dtype, **absent, **variant)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} cannot be loaded as {kind}: {first}; weights must be complete and safetensors") from error
@@ -97,11 +99,6 @@ def frozen(pipeline: Any) -> Any:
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     return pipeline
-
-
-def _parts(folder: Path) -> list[str]:
-    index = read_json(folder / "model_index.json")
-    return [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None]
 
 
 def read_json(path: Path) -> dict[str, Any]:

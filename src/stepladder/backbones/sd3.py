@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers.utils import logging
-from torch import Tensor, nn
+from torch import nn
 
-from stepladder.backbones.base import Backbone, Release, Size, check_divisible, inputs_for
+from stepladder.backbones.base import Backbone, Release, Size, check_divisible
 from stepladder.backbones.loading import CLIP_G, CLIP_L, T5_XXL, frozen, kl_vae, tiny_clip, tiny_t5, tiny_vae
 from stepladder.conditioning import Conditioning
-from stepladder.prediction import Prediction
 
 CLIP_TOKENS = 77
 
@@ -121,18 +120,6 @@ class SD3(Backbone):
             }
         )
 
-    def denoise(
-        self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
-    ) -> Prediction:
-        """One pass: velocity to x0 and eps."""
-        state, given = inputs_for(network, x, conditioning)
-        velocity = network(hidden_states=state, timestep=self.process.network_timestep(timestep), **given).sample
-        return self.process.predict(x, velocity, timestep)
-
     def middle(self, network: Any) -> nn.Module:
         """The middle joint block; its image tokens are the second output."""
         return network.transformer_blocks[len(network.transformer_blocks) // 2 - 1]
-
-    def call_options(self, size: Size) -> dict[str, Any]:
-        """Guidance off, and as many T5 tokens as in training."""
-        return {"guidance_scale": 1.0, "max_sequence_length": self.max_sequence_length}

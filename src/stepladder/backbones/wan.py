@@ -9,11 +9,10 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from stepladder.backbones.base import Backbone, Release, Size, check_divisible, inputs_for
+from stepladder.backbones.base import Backbone, Release, Size, check_divisible
 from stepladder.backbones.loading import T5_XXL, frozen, tiny_t5
 from stepladder.conditioning import Conditioning
 from stepladder.errors import UserError
-from stepladder.prediction import Prediction
 
 FRAMES = 81
 
@@ -114,14 +113,6 @@ class Wan(Backbone):
         embeds = torch.zeros(batch, self.max_sequence_length, self.network.config.text_dim, device=device)
         return Conditioning({"encoder_hidden_states": embeds})
 
-    def denoise(
-        self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
-    ) -> Prediction:
-        """One pass: velocity to x0 and eps."""
-        state, given = inputs_for(network, x, conditioning)
-        velocity = network(hidden_states=state, timestep=self.process.network_timestep(timestep), **given).sample
-        return self.process.predict(x, velocity, timestep)
-
     def middle(self, network: Any) -> nn.Module:
         """The middle block."""
         return network.blocks[len(network.blocks) // 2]
@@ -131,10 +122,6 @@ class Wan(Backbone):
         config = self.pipeline.vae.config
         mean, std = (latents.new_tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
         return latents * std + mean
-
-    def call_options(self, size: Size) -> dict[str, Any]:
-        """Guidance off, and as many tokens as in training."""
-        return {"guidance_scale": 1.0, "max_sequence_length": self.max_sequence_length}
 
     @staticmethod
     def comfy_key(name: str) -> str:

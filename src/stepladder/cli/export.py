@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from stepladder.backbones import sketch_backbone
+from stepladder.backbones.loading import read_json
 from stepladder.distillation import export_run, load_model
 from stepladder.errors import UserError
 from stepladder.export import export_comfyui, export_merged, load_student, read_card, read_scheduler, read_weights
@@ -25,7 +26,7 @@ def command(
     """Export the averaged student of a run's newest checkpoint: weights and ladder.
 
     diffusers: LoRA (or the whole network) and a scheduler configuration, also what `generate` loads. comfyui: one LoRA file.
-    merged: a complete pipeline folder.
+    merged: a complete pipeline folder. What `evaluate` measured before goes into the card.
 
     Example: stepladder export runs/rmd --format comfyui
     """
@@ -35,7 +36,9 @@ def command(
     state, path = latest_state(run)
     loaded = Run.start(recipe, load_model(recipe))
     loaded.restore(state, path)
-    student = export_run(loaded, out if out is not None and format == "diffusers" else run / "student")
+    measured = run / "evaluation" / "metrics.json"
+    figures = read_json(measured)["samplers"] if measured.exists() else None
+    student = export_run(loaded, out if out is not None and format == "diffusers" else run / "student", figures)
     target = student if format == "diffusers" else out or run / format
     if format == "comfyui":
         card = read_card(student)

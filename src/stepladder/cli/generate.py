@@ -42,7 +42,7 @@ def command(
     names = {"student": [student.card["method"]], "teacher": ["teacher"], "both": ["teacher", student.card["method"]]}[sampler]
     samplers = student.samplers(teacher_steps)
     size = student.backbone.pixel_size(student.ladder.size)
-    conditioning = encode_prompts(student.backbone, texts, size)
+    conditioning = encode_prompts(student.backbone, texts, size).to(where)
     unconditional = student.backbone.unconditional(negative_prompt, size)
     with progress_bar() as bar:
         task = bar.add_task("generate", total=len(texts) * count, note="")

@@ -35,10 +35,10 @@ def command(
     ] = None,
     spacing: Annotated[float | None, typer.Option(min=0.01, help="shift of the teacher's timesteps: 3 SD3.5, 5 Wan")] = None,
     teacher_steps: Annotated[int | None, typer.Option(min=1, help="steps of the teacher's own sampler")] = None,
-    lora_rank: Annotated[int, typer.Option(min=1, help="rank of the adapters, for memory")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="training batch, for memory")] = 1,
-    checkpointing: Annotated[bool, typer.Option(help="gradient checkpointing, for memory")] = True,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs over which training is sharded, for memory")] = 1,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="rank of the adapters, for memory; 64")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="training batch, for memory; 1")] = None,
+    checkpointing: Annotated[bool | None, typer.Option(help="gradient checkpointing, for memory; on")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="for memory: as if training were sharded over so many, which it is not yet")] = 1,
     speedup: Annotated[float | None, typer.Option(help="list ladders that reach this speedup over the teacher")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -47,6 +47,7 @@ def command(
     Example: stepladder plan sdxl --sizes 256,512,1024 --logsnr=-2.5,0
     """
     backbone, part = subject(name)
+    setup = _setup(name, {"lora_rank": lora_rank, "batch_size": batch, "gradient_checkpointing": checkpointing, "gpus": gpus})
     changes: dict[str, Any] = {"shift": shift, "spacing": spacing, "steps": steps}
     if timesteps is not None:
         changes["timesteps"] = _numbers(timesteps, "--timesteps")
@@ -67,11 +68,25 @@ def command(
         return
     ladder = part.build(backbone)
     plan = plan_ladder(backbone, ladder, count)
-    memory = plan_memory(backbone, ladder.size, TrainingSetup(lora_rank, batch, checkpointing, gpus))
+    memory = plan_memory(backbone, ladder.size, setup)
     if as_json:
         typer.echo(json.dumps({**plan.as_json(), "memory": memory}, indent=2))
     else:
-        _print(plan, memory, name, f"batch {batch}, rank {lora_rank}" + (f", {gpus} GPUs" if gpus > 1 else ""))
+        words = f"batch {setup.batch_size}, rank {setup.lora_rank}" + ("" if setup.gradient_checkpointing else ", no checkpointing")
+        _print(plan, memory, name, words + (f", each of {gpus} GPUs if sharded" if gpus > 1 else ""))
+
+
+def _setup(name: str, said: dict[str, Any]) -> TrainingSetup:
+    """What the options say, else what a recipe says, else the defaults."""
+    own: dict[str, Any] = {}
+    if name.endswith((".yaml", ".yml")):
+        recipe = load_recipe(Path(name))
+        own = {
+            "lora_rank": recipe.roles.lora_rank,
+            "batch_size": recipe.training.batch_size,
+            "gradient_checkpointing": recipe.roles.gradient_checkpointing,
+        }
+    return TrainingSetup(**own | {key: value for key, value in said.items() if value is not None})
 
 
 def subject(name: str) -> tuple[Backbone, LadderPart]:

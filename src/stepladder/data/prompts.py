@@ -67,8 +67,9 @@ def _pick(row: object, path: Path) -> str:
 
 
 def encode_prompts(backbone: Backbone, prompts: Sequence[str], size: Size | None = None, batch: int = 64) -> Conditioning:
-    """Run the text encoders over many prompts, `batch` at a time, for pictures of a final pixel `size`."""
-    return Conditioning.cat([backbone.encode(prompts[start : start + batch], size) for start in range(0, len(prompts), batch)])
+    """Run the text encoders over prompts, `batch` at a time, for pictures of a final pixel `size`; the result is on the CPU."""
+    starts = range(0, len(prompts), batch)
+    return Conditioning.cat([backbone.encode(prompts[start : start + batch], size).to("cpu") for start in starts])
 
 
 class PromptCache:

@@ -58,7 +58,9 @@ def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
     generator = torch.Generator().manual_seed(seed + 1)
     height, width = backbone.default_size
     reference = torch.cat([render(others[start : start + 100], (height, width), generator) for start in range(0, REFERENCES, 100)])
-    return Exam(scenes, prompts, encode_prompts(backbone, prompts), backbone.unconditional(), reference, seed)
+    unconditional = backbone.unconditional()
+    device = next(iter(unconditional.tensors.values())).device
+    return Exam(scenes, prompts, encode_prompts(backbone, prompts).to(device), unconditional, reference, seed)
 
 
 def examine(

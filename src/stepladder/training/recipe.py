@@ -161,10 +161,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     recipe = parse_recipe(tree)
-    recipe.data.prompts = (path.parent / recipe.data.prompts).resolve()
+    recipe.data.prompts = (path.parent / recipe.data.prompts.expanduser()).resolve()
     if recipe.model.weights is not None:
-        recipe.model.weights = (path.parent / recipe.model.weights).resolve()
-    beside = (path.parent / recipe.model.path).resolve()
+        recipe.model.weights = (path.parent / recipe.model.weights.expanduser()).resolve()
+    beside = (path.parent / Path(recipe.model.path).expanduser()).resolve()
     if recipe.model.path != "bundled" and (beside.exists() or not is_hub_id(recipe.model.path)):
         recipe.model.path = str(beside)
     return recipe

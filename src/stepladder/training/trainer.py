@@ -119,7 +119,7 @@ def read_and_encode(recipe: Recipe, backbone: Backbone) -> PromptCache:
     """Encode the recipe's prompts; then the text encoders, and a VAE that will draw nothing, leave the memory."""
     texts, size = read_prompts(recipe.data.prompts), recipe.ladder.sizes[-1]
     unconditional = backbone.unconditional(recipe.data.negative_prompt, size).to("cpu")
-    prompts = PromptCache(encode_prompts(backbone, texts, size).to("cpu"), unconditional, recipe.training.seed)
+    prompts = PromptCache(encode_prompts(backbone, texts, size), unconditional, recipe.training.seed)
     backbone.drop_text_encoders()
     if not recipe.training.sample_every:
         backbone.drop_vae()
@@ -213,7 +213,8 @@ def sample_grid(run: Run, path: Path) -> None:
     unconditional = run.prompts.unconditional.to(run.device)
     latents = sample(sampler, run.backbone, conditioning, unconditional, seeds, run.recipe.training.precision)
     load_parameters(run.roles, STUDENT, trained)
-    save_grid(still(run.backbone.decode(latents)), path, columns=4)
+    # one by one: eight full-size pictures at once are more than the training itself may have left room for
+    save_grid(torch.cat([still(run.backbone.decode(latent[None])) for latent in latents]), path, columns=4)
 
 
 def train(run: Run, folder: Path) -> None:
@@ -237,11 +238,11 @@ def train(run: Run, folder: Path) -> None:
                 left = (training.updates - run.update) / speed
                 console.print(f"update {run.update}/{training.updates} {note}, {left:.0f} s left")
             last = run.update == training.updates
-            if training.sample_every and (run.update % training.sample_every == 0 or last):
-                sample_grid(run, folder / "samples" / f"update-{run.update:07d}.png")
             if run.update % training.checkpoint_every == 0 or last:
                 log.flush()
                 save_checkpoint(run, folder)
+            if training.sample_every and (run.update % training.sample_every == 0 or last):
+                sample_grid(run, folder / "samples" / f"update-{run.update:07d}.png")
     log.close()
 
 
