@@ -30,6 +30,12 @@ def rungs(backbone: Backbone, *sizes: tuple[int, int]) -> list[tuple[int, ...]]:
     return [(5, *size) if len(backbone.default_size) == 3 else size for size in sizes]
 
 
+def some_state(backbone: Backbone, generator: torch.Generator, batch: int = 2) -> torch.Tensor:
+    """Latents of noise at 32 px."""
+    size = backbone.latent_size(rungs(backbone, (32, 32))[0])
+    return torch.randn(batch, backbone.latent_channels, *size, generator=generator)
+
+
 def recipe_for(backbone: Backbone, folder: Path, **training: object) -> Recipe:
     """The tiny recipe with sizes and text length that fit a backbone."""
     recipe = tiny_recipe(folder, **training)
