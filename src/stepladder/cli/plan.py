@@ -146,8 +146,9 @@ def _print(plan: Plan, memory: dict[str, Any], name: str, setup: str) -> None:
         f"full-size steps (network operations)\n{_amount(plan.parameters)} parameters"
     )
     cards = Table(title=f"Memory ({setup})")
-    for column in ("to", "GiB", "fits"):
-        cards.add_column(column, justify="right" if column == "GiB" else "left")
+    unit, size = ("GiB", GIB) if memory["generate"] >= 0.1 * GIB else ("MiB", GIB // 1024)
+    for column in ("to", unit, "fits"):
+        cards.add_column(column, justify="right" if column == unit else "left")
     words = {
         "generate": "generate, prompts encoded",
         "generate_with_text_encoders": "generate, text encoders kept",
@@ -155,7 +156,7 @@ def _print(plan: Plan, memory: dict[str, Any], name: str, setup: str) -> None:
         "train_full": "train whole copies",
     }
     for key, word in words.items():
-        cards.add_row(word, f"{memory[key] / GIB:.1f}", ", ".join(memory["fits"][key]) or "none of the common cards")
+        cards.add_row(word, f"{memory[key] / size:.1f}", ", ".join(memory["fits"][key]) or "none of the common cards")
     console.print(cards)
 
 
