@@ -20,6 +20,7 @@ from stepladder.prediction import Prediction
 from stepladder.processes import FlowProcess, Process, VariancePreservingProcess
 
 Size = tuple[int, ...]
+CLIP_TOKENS = 77
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -65,6 +66,8 @@ class Backbone(ABC):
         if max_sequence_length is not None:
             self.max_sequence_length = max_sequence_length
         self.process = self.forward_process()
+        encoder = getattr(getattr(pipeline, "text_encoder", None), "config", None)
+        self.clip_tokens: int = getattr(encoder, "max_position_embeddings", CLIP_TOKENS)
 
     @classmethod
     def load(cls, path: str | Path, max_sequence_length: int | None = None, dtype: torch.dtype = torch.float32) -> Backbone:

@@ -14,8 +14,6 @@ from stepladder.backbones.base import Backbone, Release, Size, check_divisible
 from stepladder.backbones.loading import CLIP_G, CLIP_L, T5_XXL, frozen, kl_vae, tiny_clip, tiny_t5, tiny_vae
 from stepladder.conditioning import Conditioning
 
-CLIP_TOKENS = 77
-
 
 def _release(hub_id: str, **network: Any) -> Release:
     config = {
@@ -112,7 +110,7 @@ class SD3(Backbone):
     def blank_conditioning(self, batch: int, device: torch.device | str) -> Conditioning:
         """CLIP's tokens and T5's, and the pooled ones."""
         config = self.network.config
-        tokens = CLIP_TOKENS + self.max_sequence_length
+        tokens = self.clip_tokens + self.max_sequence_length
         return Conditioning(
             {
                 "encoder_hidden_states": torch.zeros(batch, tokens, config.joint_attention_dim, device=device),

@@ -15,7 +15,6 @@ from stepladder.conditioning import Conditioning
 from stepladder.prediction import Prediction
 from stepladder.processes import Process, process_from
 
-CLIP_TOKENS = 77
 UNET = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -126,7 +125,7 @@ class SDXL(Backbone):
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return Conditioning(
             {
-                "encoder_hidden_states": torch.zeros(batch, CLIP_TOKENS, config.cross_attention_dim, device=device),
+                "encoder_hidden_states": torch.zeros(batch, self.clip_tokens, config.cross_attention_dim, device=device),
                 "text_embeds": torch.zeros(batch, pooled, device=device),
                 "time_ids": torch.ones(batch, 6, device=device),
             }
