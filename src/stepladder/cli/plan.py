@@ -146,7 +146,7 @@ def _print(plan: Plan, memory: dict[str, Any], name: str, setup: str) -> None:
         f"full-size steps (network operations)\n{_amount(plan.parameters)} parameters"
     )
     cards = Table(title=f"Memory ({setup})")
-    unit, size = ("GiB", GIB) if memory["generate"] >= 0.1 * GIB else ("MiB", GIB // 1024)
+    unit, unit_bytes = ("GiB", GIB) if memory["generate"] >= 0.1 * GIB else ("MiB", GIB // 1024)
     for column in ("to", unit, "fits"):
         cards.add_column(column, justify="right" if column == unit else "left")
     words = {
@@ -156,7 +156,7 @@ def _print(plan: Plan, memory: dict[str, Any], name: str, setup: str) -> None:
         "train_full": "train whole copies",
     }
     for key, word in words.items():
-        cards.add_row(word, f"{memory[key] / size:.1f}", ", ".join(memory["fits"][key]) or "none of the common cards")
+        cards.add_row(word, f"{memory[key] / unit_bytes:.1f}", ", ".join(memory["fits"][key]) or "none of the common cards")
     console.print(cards)
 
 
