@@ -15,7 +15,16 @@ from stepladder.cli.main import _register, app
 from stepladder.cli.plan import ladder_of
 from stepladder.errors import UserError
 from stepladder.ladder import build_ladder, spaced_timesteps
-from stepladder.planning import TrainingSetup, fused_attention, network_flops, peak_bytes, plan_ladder, plan_memory, search_ladders
+from stepladder.planning import (
+    TrainingSetup,
+    fused_attention,
+    network_flops,
+    peak_bytes,
+    plan_ladder,
+    plan_memory,
+    search_ladders,
+    stored,
+)
 
 # notes.md section 5 and the cards of the models themselves
 PARAMETERS = {
@@ -47,6 +56,10 @@ def test_parameters_are_those_of_the_published_models(name):
     network = sketch_backbone(name).network
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(PARAMETERS[name], rel=5e-3)
     assert {p.device.type for p in network.parameters()} == {"meta"}
+
+
+def test_the_weights_of_sd35_medium_hold_its_table_of_positions():
+    assert stored(sketch_backbone("sd35-medium").network) == pytest.approx(2.47e9, rel=2e-3)
 
 
 @pytest.mark.parametrize("name", sorted(TERAFLOPS))

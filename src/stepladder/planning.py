@@ -148,6 +148,11 @@ def count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def stored(network: nn.Module) -> int:
+    """Numbers a network's weights file holds: parameters, and tables such as SD3.5's positions."""
+    return sum(tensor.numel() for tensor in network.state_dict().values())
+
+
 @dataclass(frozen=True)
 class TrainingSetup:
     """What memory depends on beside the model."""
@@ -168,9 +173,9 @@ def plan_memory(backbone: Backbone, size: Size, setup: TrainingSetup) -> dict[st
     Args:
         size: the final latent size.
     """
-    encoders = sum(count(part) for part in backbone.text_encoders)
-    vae = count(backbone.pipeline.vae) if backbone.pipeline.vae is not None else 0
-    network = count(backbone.network)
+    encoders = sum(stored(part) for part in backbone.text_encoders)
+    vae = stored(backbone.pipeline.vae) if backbone.pipeline.vae is not None else 0
+    network = stored(backbone.network)
     twin = on_paper(backbone)
     twin.network.to(torch.bfloat16)
     working = peak_bytes(lambda: _generate(twin, size))
