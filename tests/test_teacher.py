@@ -21,9 +21,8 @@ from stepladder.world.paths import BUNDLED, TEACHER
 STOCK = """
 import sys
 from diffusers import StableDiffusion3Pipeline
-import torch
 assert "stepladder" not in sys.modules
-pipe = StableDiffusion3Pipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)
+pipe = StableDiffusion3Pipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 image = pipe("a large red circle top left on gray", guidance_scale=4.0, num_inference_steps=2).images[0]
 assert image.size == (128, 128), image.size

@@ -73,6 +73,9 @@ def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     pipeline = build_pipeline(vae, tokenizer, encoders, transformer.eval().requires_grad_(False))
     pipeline.to(torch.float16).save_pretrained(str(beside / "teacher"))
+    for config in (beside / "teacher").glob("text_encoder*/config.json"):
+        # transformers loads what its configuration says and diffusers loads fp32: a plain from_pretrained must not mix them
+        write_text(config, config.read_text(encoding="utf-8").replace('"dtype": "float16"', '"dtype": "float32"'))
     save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, str(beside / "judge.safetensors"))
     write_text(beside / "README.md", card(lessons, seed, taught_seconds(folder)))
     replace_folder(beside, out, OURS)
