@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -260,7 +261,22 @@ def check_divisible(size: Sequence[int], step: int, limit: int | None = None) ->
         raise UserError(f"size {size[0]}x{size[1]} is beyond this model's {limit} px; choose a smaller one")
 
 
+_dtypes: WeakKeyDictionary[nn.Module, tuple[torch.dtype, torch.dtype]] = WeakKeyDictionary()
+
+
+def network_dtype(network: Any) -> torch.dtype:
+    """The network's precision as diffusers finds it, by a search that costs as much as a small network's whole pass.
+
+    So it is kept, until the network's first parameter has another precision.
+    """
+    first = next(network.parameters()).dtype
+    known = _dtypes.get(network)
+    if known is None or known[0] != first:
+        known = _dtypes[network] = (first, network.dtype)
+    return known[1]
+
+
 def inputs_for(network: Any, x: Tensor, conditioning: Conditioning) -> tuple[Tensor, dict[str, Tensor]]:
     """State and conditioning in the network's own precision."""
-    dtype = network.dtype
+    dtype = network_dtype(network)
     return x.to(dtype), {name: tensor.to(dtype) for name, tensor in conditioning.tensors.items()}

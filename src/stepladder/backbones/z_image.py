@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from stepladder.backbones.base import Backbone, Release, Size
+from stepladder.backbones.base import Backbone, Release, Size, network_dtype
 from stepladder.backbones.loading import frozen, kl_vae, tiny_vae
 from stepladder.conditioning import Conditioning
 from stepladder.prediction import Prediction
@@ -122,7 +122,7 @@ class ZImage(Backbone):
         self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning, guidance_scale: float | None = None
     ) -> Prediction:
         """One pass: the network's clock runs from noise 0 to image 1, and its output points towards the image."""
-        dtype = network.dtype
+        dtype = network_dtype(network)
         captions = conditioning.tensors["cap_feats"].to(dtype)
         mask = conditioning.tensors.get("mask")
         said = list(captions) if mask is None else [each[kept.bool()] for each, kept in zip(captions, mask, strict=True)]
