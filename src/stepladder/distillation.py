@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepladder.backbones import load_backbone, sketch_backbone
 from stepladder.backbones.base import Backbone
 from stepladder.data.prompts import read_prompts
 from stepladder.export import export_student
 from stepladder.planning import TrainingSetup, plan_ladder, plan_memory
-from stepladder.precision import pick_device
+from stepladder.precision import pick_device, weight_dtype
 from stepladder.scheduler import LadderScheduler
 from stepladder.storage import write_text
 from stepladder.training.recipe import Recipe
@@ -25,9 +23,9 @@ BUNDLED_STEPS = 28
 def load_model(recipe: Recipe) -> Backbone:
     """The recipe's backbone, its weights in the recipe's precision."""
     model = recipe.model
-    on_gpu = pick_device(recipe.training.device).type == "cuda"
-    half = model.dtype == "bf16" or (model.dtype == "auto" and on_gpu and recipe.roles.mode == "lora")
-    dtype = torch.bfloat16 if half else torch.float32
+    # copies of an fp32 base are trained themselves; adapters are in fp32 whatever their base
+    choice = "fp32" if model.dtype == "auto" and recipe.roles.mode == "full" else model.dtype
+    dtype = weight_dtype(choice, pick_device(recipe.training.device))
     return load_backbone(resolve_model(model.path), model.max_sequence_length, dtype, model.weights)
 
 

@@ -31,6 +31,7 @@ from stepladder.world.paths import resolve_model
 
 CARD_FILE = "stepladder.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
 FULL_FILE = "diffusion_pytorch_model.safetensors"
 COMFY_FILE = "comfyui_lora.safetensors"
 FACTS = {"model", "mode", "tensors", "method", "fingerprint", "max_sequence_length", "guidance_scale"}
@@ -111,17 +112,23 @@ def export_student(
     write_folder(folder, CARD_FILE, fill)
 
 
+def weights_place(backbone: Backbone, mode: str) -> tuple[str, str]:
+    """Where an exported student's weights lie in its folder, and what stands before each parameter's name."""
+    if mode == "full":
+        return f"{backbone.denoiser}/{FULL_FILE}", ""
+    return (LORA_FILE, f"{backbone.denoiser}.") if backbone.loads_lora else (PEFT_FILE, "base_model.model.")
+
+
 def _plain(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     return {prefix + name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _write_lora(backbone: Backbone, tensors: dict[str, Tensor], folder: Path) -> None:
-    if backbone.loads_lora:
-        save_file(_plain(tensors, f"{backbone.denoiser}."), str(folder / LORA_FILE), metadata={"format": "pt"})
-        return
-    rank = next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
-    LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(lora_layers(tensors))).save_pretrained(str(folder))
-    save_file(_plain(tensors, "base_model.model."), str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    if not backbone.loads_lora:
+        rank = next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=lora_layers(tensors)).save_pretrained(str(folder))
+    file, prefix = weights_place(backbone, "lora")
+    save_file(_plain(tensors, prefix), str(folder / file), metadata={"format": "pt"})
 
 
 def lora_layers(tensors: dict[str, Tensor]) -> list[str]:
@@ -155,8 +162,7 @@ def export_comfyui(
             "alpha_of_noise": json.dumps(scheduler.config.mix),
         }
         save_file(content, str(beside / COMFY_FILE), metadata=metadata)
-        facts = {"mode": "comfyui", "tensors": len(content), "pipeline": backbone.pipeline_class, **card}
-        write_text(beside / "README.md", comfy_card(facts, scheduler))
+        write_text(beside / "README.md", comfy_card(card, scheduler))
 
     write_folder(folder, COMFY_FILE, fill)
 
@@ -300,12 +306,8 @@ def read_weights(folder: Path, card: dict[str, Any], backbone: Backbone) -> dict
     Raises:
         UserError: the file is missing, truncated, or holds another number of tensors than were exported.
     """
-    if card["mode"] == "full":
-        weights, prefix = folder / backbone.denoiser / FULL_FILE, ""
-    elif backbone.loads_lora:
-        weights, prefix = folder / LORA_FILE, f"{backbone.denoiser}."
-    else:
-        weights, prefix = folder / "adapter_model.safetensors", "base_model.model."
+    file, prefix = weights_place(backbone, card["mode"])
+    weights = folder / file
     try:
         tensors = load_file(str(weights))
     except (OSError, SafetensorError) as error:

@@ -46,9 +46,9 @@ def _inputs(backbone: Backbone, size: Size, batch: int = 1) -> tuple[Tensor, Ten
 
 def network_flops(backbone: Backbone, size: Size) -> int:
     """Floating-point operations of one network pass on one sample at a latent size, (H, W) or (T, H, W)."""
-    twin = on_paper(backbone)
+    paper = backbone if next(backbone.network.parameters()).is_meta else on_paper(backbone)
     with torch.no_grad(), fused_attention(), FlopCounterMode(display=False) as counter:
-        twin.denoise(twin.network, *_inputs(twin, size))
+        paper.denoise(paper.network, *_inputs(paper, size))
     return counter.get_total_flops()
 
 

@@ -29,6 +29,12 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def weight_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of weights that are not trained: `bf16`, `fp32`, or `auto`, which is bf16 on a GPU."""
+    half = name == "bf16" or (name == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for a GPU, so that a clock read next measures what was asked of it."""
     if device.type == "cuda":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepladder.errors import UserError
 from stepladder.ladder import Ladder, Step
-from stepladder.packing import pack, unpack
+from stepladder.packing import PACK, pack, unpack
 from stepladder.processes import TIMESTEPS, Process, process_from
 from stepladder.sampling import advance, derived_generators
 
@@ -132,17 +132,16 @@ class LadderScheduler(SchedulerMixin, ConfigMixin):
 
     def _spatial(self, value: Tensor, here: Step) -> Tensor:
         value = value.float()
-        wrong = UserError(
-            f"step {self.index + 1} expects latents of {'x'.join(map(str, here.size))}, got shape {tuple(value.shape)}: pass the "
-            "first rung's size to the pipeline, or use LadderPipeline, which does"
-        )
         if self.config.packed:
-            if value.ndim != 3 or value.shape[1] * 4 != here.size[0] * here.size[1]:
-                raise wrong
-            return unpack(value, here.size)
-        if tuple(value.shape[2:]) != here.size:
-            raise wrong
-        return value
+            fits = value.ndim == 3 and value.shape[1] * PACK**2 == here.size[0] * here.size[1]
+        else:
+            fits = tuple(value.shape[2:]) == here.size
+        if not fits:
+            raise UserError(
+                f"step {self.index + 1} expects latents of {'x'.join(map(str, here.size))}, got shape {tuple(value.shape)}: pass "
+                "the first rung's size to the pipeline, or use LadderPipeline, which does"
+            )
+        return unpack(value, here.size) if self.config.packed else value
 
     def _as_given(self, value: Tensor) -> Tensor:
         return pack(value) if self.config.packed else value

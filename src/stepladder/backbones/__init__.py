@@ -57,10 +57,11 @@ def load_backbone(
     Raises:
         UserError: no pipeline there, one that no backbone knows, or weights that are not for it.
     """
-    index = read_json(locate(path) / "model_index.json")
+    folder = locate(path)
+    index = read_json(folder / "model_index.json")
     backbone = backbone_of(str(index.get("_class_name")), path).load(path, max_sequence_length, dtype)
     if weights is not None:
-        backbone.network = read_single_file(backbone.network, Path(weights), locate(path), backbone.denoiser, dtype)
+        backbone.network = read_single_file(backbone.network, Path(weights), folder, backbone.denoiser, dtype)
     return backbone
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -39,7 +39,7 @@ class Release:
     teacher_steps: int
     guidance_scale: float
     preset: str
-    rungs: tuple[Size, ...] = field(default=())
+    rungs: tuple[Size, ...] = ()
 
 
 class Backbone(ABC):

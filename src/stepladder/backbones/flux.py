@@ -148,7 +148,7 @@ class Flux(Backbone):
 
     def call_options(self, size: Size) -> dict[str, Any]:
         """The guidance that students are trained with is the embedded one."""
-        return {"guidance_scale": STOCK_GUIDANCE, "max_sequence_length": self.max_sequence_length}
+        return super().call_options(size) | {"guidance_scale": STOCK_GUIDANCE}
 
 
 def _positions(height: int, width: int, like: Tensor) -> Tensor:

@@ -125,4 +125,4 @@ class PixArt(Backbone):
 
     def call_options(self, size: Size) -> dict[str, Any]:
         """Guidance off, sizes as they are, and as many T5 tokens as in training."""
-        return {"guidance_scale": 1.0, "use_resolution_binning": False, "max_sequence_length": self.max_sequence_length}
+        return super().call_options(size) | {"use_resolution_binning": False}

@@ -137,4 +137,4 @@ class ZImage(Backbone):
 
     def call_options(self, size: Size) -> dict[str, Any]:
         """As many tokens as in training, and guidance off, which is 0 here: this pipeline adds s (c - u) to c, not to u."""
-        return {"guidance_scale": 0.0, "max_sequence_length": self.max_sequence_length}
+        return super().call_options(size) | {"guidance_scale": 0.0}

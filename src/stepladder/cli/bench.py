@@ -16,9 +16,8 @@ from stepladder.cli.plan import subject
 from stepladder.distillation import teacher_steps_of
 from stepladder.latency import LatencySetup, measure, medians
 from stepladder.planning import plan_ladder
-from stepladder.precision import pick_device
+from stepladder.precision import pick_device, weight_dtype
 from stepladder.storage import write_text
-from stepladder.world.paths import resolve_model
 
 app = typer.Typer(help="Measure time on this machine.", no_args_is_help=True)
 PARTS = ("teacher", "full", "ladder", "text_encoders", "decode")
@@ -53,13 +52,12 @@ def latency(
     """
     sketch, part = subject(name)
     where = pick_device(device)
-    half = dtype == "bf16" or (dtype == "auto" and where.type == "cuda")
-    source = sketch.source if name.endswith((".yaml", ".yml")) else resolve_model(name)
-    real = sketch_backbone(source, sketch.max_sequence_length, where, torch.bfloat16 if half else torch.float32)
+    weights = weight_dtype(dtype, where)
+    real = sketch_backbone(sketch.source, sketch.max_sequence_length, where, weights)
     ladder = part.build(real)
     steps = teacher_steps or teacher_steps_of(real)
     guidance = next((release.guidance_scale for _, release in releases().values() if release.hub_id == real.source), 4.0)
-    setup = LatencySetup(tuple(batch or (1, 8)), rounds, warmup, compile, tiny_vae, "fp32" if half else "auto")
+    setup = LatencySetup(tuple(batch or (1, 8)), rounds, warmup, compile, tiny_vae, "fp32" if weights == torch.bfloat16 else "auto")
     figures = {"model": name, **measure(real, ladder, steps, guidance, setup)}
     figures["planned_speedup"] = plan_ladder(sketch, ladder, steps).speedup_over_teacher
     if out is not None:

@@ -12,7 +12,7 @@ from stepladder.data.prompts import encode_prompts, read_prompts
 from stepladder.errors import UserError
 from stepladder.export import load_student, student_folder
 from stepladder.images import grid, save_image, save_video
-from stepladder.precision import pick_device
+from stepladder.precision import pick_device, weight_dtype
 from stepladder.progress import console, progress_bar
 from stepladder.samplers import sample
 
@@ -37,8 +37,7 @@ def command(
     if not texts:
         raise UserError("give at least one --prompt, or a file with --prompts")
     where = pick_device(device)
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    student = load_student(student_folder(run), sampler != "student", device, dtype=dtype)
+    student = load_student(student_folder(run), sampler != "student", device, dtype=weight_dtype("auto", where))
     names = {"student": [student.card["method"]], "teacher": ["teacher"], "both": ["teacher", student.card["method"]]}[sampler]
     samplers = student.samplers(teacher_steps)
     size = student.backbone.pixel_size(student.ladder.size)

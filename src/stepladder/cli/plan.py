@@ -52,7 +52,6 @@ def command(
     if timesteps is not None:
         changes["timesteps"] = _numbers(timesteps, "--timesteps")
     elif steps is not None or spacing is not None:
-        changes["timesteps"] = None
         part = part.model_copy(update={"timesteps": None})
     if sizes is not None:
         changes["sizes"] = [_size(text) for text in sizes.split(",")]
