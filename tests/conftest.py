@@ -9,6 +9,9 @@ import torch
 from hypothesis import settings
 
 from stepladder.backbones.base import Backbone
+from stepladder.data.shards import write_shard
+from stepladder.images import png_bytes, save_video
+from stepladder.methods import methods
 from stepladder.training.recipe import Recipe, parse_recipe
 
 settings.register_profile("stepladder", deadline=None, max_examples=40, derandomize=True)
@@ -42,6 +45,33 @@ def recipe_for(backbone: Backbone, folder: Path, **training: object) -> Recipe:
     recipe.ladder.sizes = rungs(backbone, (16, 16), (32, 32))
     recipe.model.max_sequence_length = backbone.max_sequence_length
     return recipe
+
+
+def method_recipe(method: str, backbone: Backbone, folder: Path, settings: dict[str, object] | None = None) -> Recipe:
+    """The tiny recipe with a method, and with images where the method's terms need some."""
+    recipe = recipe_for(backbone, folder)
+    kind = methods()[method]
+    config = kind.Config.model_validate({"name": method, **(settings or {})})
+    recipe.method = config.model_dump(mode="json")
+    if kind.wants_images(config):
+        recipe.data.prompts, recipe.data.images = None, some_shards(backbone, folder / "images")
+    return recipe
+
+
+def some_shards(backbone: Backbone, folder: Path, count: int = 3) -> Path:
+    """A shard of random pictures, or of video where the backbone makes video, at 32 px."""
+    draw = torch.Generator().manual_seed(0)
+    samples = []
+    for index in range(count):
+        content = {"txt": f"a thing number {index}".encode()}
+        if len(backbone.default_size) == 3:
+            save_video(torch.rand(3, 5, 32, 32, generator=draw) * 2 - 1, folder / "one.mp4")
+            content["mp4"] = (folder / "one.mp4").read_bytes()
+        else:
+            content["png"] = png_bytes(torch.rand(3, 32, 32, generator=draw) * 2 - 1)
+        samples.append((f"{index:06d}", content))
+    write_shard(folder / "000000.tar", samples)
+    return folder
 
 
 def tiny_recipe(folder: Path, **training: object) -> Recipe:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from conftest import recipe_for, rungs, some_state
+from conftest import method_recipe, rungs, some_state
 from stepladder.backbones import backbones
 from stepladder.errors import UserError
 from stepladder.ladder import build_ladder, spaced_timesteps
@@ -15,15 +15,14 @@ from stepladder.methods import methods
 from stepladder.processes import spread
 from stepladder.roles import FAKE_SCORE, STUDENT, CopyRoles
 from stepladder.samplers import Sampler, sample
-from stepladder.training.trainer import Run, train_update
+from stepladder.training.trainer import Run, learning, train_update
 
 PAIRS = [(method, backbone) for method in sorted(methods()) for backbone in sorted(backbones())]
 
 
 def start(tmp_path, method, backbone, **changes):
     model = backbones()[backbone].tiny()
-    recipe = recipe_for(model, tmp_path)
-    recipe.method = methods()[method].Config(name=method).model_dump(mode="json")
+    recipe = method_recipe(method, model, tmp_path)
     for name, value in changes.items():
         setattr(recipe.roles, name, value)
     return Run.start(recipe, model)
@@ -48,17 +47,17 @@ def test_predictions_rebuild_the_state(name, generator):
 @pytest.mark.parametrize(("method", "backbone"), PAIRS)
 def test_gradient_belongs_to_one_role_at_a_time(tmp_path, method, backbone):
     run = start(tmp_path, method, backbone)
-    conditioning = run.prompts.batch(0, 2)
-    sample_ = run.method.roll_out(run.roles, conditioning, 5, run.generator)
-    fake = run.method.fake_score_loss(run.roles, sample_)
+    batch = run.batch(0)
+    sample_ = run.method.roll_out(run.roles, batch, 5, run.generator)
+    fake = run.method.fake_score_loss(run.roles, sample_, batch, run.generator)
     fake.backward()
     assert fake.isfinite()
     assert all(p.grad is None for p in run.roles.parameters(STUDENT).values())
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in run.roles.parameters(FAKE_SCORE).values())
     run.optimizers[FAKE_SCORE].step()
     run.optimizers[FAKE_SCORE].zero_grad()
-    loss = run.method.student_loss(run.roles, sample_, run.prompts.unconditional.expand(2))
-    loss.backward()
+    loss = run.method.student_loss(run.roles, sample_, batch, run.generator)
+    loss.backward(inputs=learning(run.roles, run.method, STUDENT))
     assert loss.isfinite()
     assert all(p.grad is None for p in run.roles.parameters(FAKE_SCORE).values())
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in run.roles.parameters(STUDENT).values())
@@ -205,7 +204,7 @@ def test_the_roll_out_goes_no_further_than_the_sampled_step(tmp_path, backbone):
     run.roles.student.backbone.denoise = lambda network, x, t, c, g: calls.append(t[0].item()) or inner(network, x, t, c, g)
     for update in range(12):
         calls.clear()
-        run.method.roll_out(run.roles, run.prompts.batch(update, 2), 99, run.generator)
+        run.method.roll_out(run.roles, run.batch(update), 99, run.generator)
         expected = [step.timestep for step in run.ladder.steps[: len(calls)]]
         assert calls == pytest.approx(expected)
 
@@ -213,9 +212,9 @@ def test_the_roll_out_goes_no_further_than_the_sampled_step(tmp_path, backbone):
 def test_warm_up_keeps_to_the_noisy_half(tmp_path):
     run = start(tmp_path, "rmd", "sd3")
     run.method.config.warmup_steps = 10
-    stages = {run.method.roll_out(run.roles, run.prompts.batch(0, 2), update, run.generator).stage for update in range(10)}
+    stages = {run.method.roll_out(run.roles, run.batch(0), update, run.generator).stage for update in range(10)}
     assert stages == {0}
-    stages = {run.method.roll_out(run.roles, run.prompts.batch(0, 2), 10, run.generator).stage for _ in range(20)}
+    stages = {run.method.roll_out(run.roles, run.batch(0), 10, run.generator).stage for _ in range(20)}
     assert stages == {0, 1}
 
 
@@ -223,7 +222,7 @@ def test_timesteps_are_uniform_over_the_stages_interval(tmp_path):
     run = start(tmp_path, "rmd", "sd3")
     seen = {0: [], 1: []}
     for _ in range(60):
-        sample_ = run.method.roll_out(run.roles, run.prompts.batch(0, 2), 99, run.generator)
+        sample_ = run.method.roll_out(run.roles, run.batch(0), 99, run.generator)
         seen[sample_.stage] += sample_.timestep.tolist()
     for stage, values in seen.items():
         start_, end = run.ladder.boundaries[stage], run.ladder.boundaries[stage + 1]

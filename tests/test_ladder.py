@@ -20,7 +20,7 @@ QUARTERS = spaced_timesteps(4)
 def preset_ladder(name, process):
     preset = PRESETS[name]
     sizes = [(height // 8, width // 8) for height, width in preset.sizes]
-    return build_ladder(process, preset.timesteps(), sizes, preset.thresholds, boundary=preset.boundary)
+    return build_ladder(process, preset.teacher_timesteps(), sizes, preset.thresholds, boundary=preset.boundary)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_table_5(thresholds, allocation):
 def test_wan_needs_the_rungs_clock():
     preset = PRESETS["wan"]
     sizes = [(60, 104), (90, 160)]
-    assert build_ladder(FLOW, preset.timesteps(), sizes, preset.thresholds, boundary="rung").allocation() == "3+3"
-    assert build_ladder(FLOW, preset.timesteps(), sizes, preset.thresholds, boundary="teacher").allocation() == "4+2"
+    assert build_ladder(FLOW, preset.teacher_timesteps(), sizes, preset.thresholds, boundary="rung").allocation() == "3+3"
+    assert build_ladder(FLOW, preset.teacher_timesteps(), sizes, preset.thresholds, boundary="teacher").allocation() == "4+2"
 
 
 def test_the_rungs_clock_contradicts_table_5():

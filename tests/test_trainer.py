@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import recipe_for, tiny_recipe
+from conftest import method_recipe, tiny_recipe
 from stepladder.backbones import backbones
 from stepladder.distillation import export_run
 from stepladder.errors import UserError
@@ -88,9 +88,7 @@ def trajectory(folder: Path, pair: str) -> list[float]:
     torch.set_num_threads(1)
     method, backbone = pair.split("/")
     model = backbones()[backbone].tiny()
-    recipe = recipe_for(model, folder)
-    recipe.method = methods()[method].Config(name=method).model_dump(mode="json")
-    run = Run.start(recipe, model)
+    run = Run.start(method_recipe(method, model, folder), model)
     values = []
     for _ in range(6):
         figures = train_update(run)
@@ -160,7 +158,7 @@ def test_every_extra_fake_score_update_sees_fresh_samples(tmp_path):
     run.method.config.fake_updates = 3
     seen = []
     inner = run.method.fake_score_loss
-    run.method.fake_score_loss = lambda roles, sample: seen.append(sample) or inner(roles, sample)
+    run.method.fake_score_loss = lambda roles, sample, *more: seen.append(sample) or inner(roles, sample, *more)
     train_update(run)
     assert len(seen) == 3
     assert len({tuple(sample.timestep.tolist()) for sample in seen}) == 3

@@ -8,6 +8,7 @@ from typing import Any
 from stepladder.backbones import load_backbone, sketch_backbone
 from stepladder.backbones.base import Backbone
 from stepladder.data.prompts import read_prompts
+from stepladder.data.shards import ImageShards
 from stepladder.export import export_student
 from stepladder.planning import TrainingSetup, plan_ladder, plan_memory
 from stepladder.precision import pick_device, weight_dtype
@@ -87,7 +88,11 @@ def dry_run(recipe: Recipe) -> list[str]:
 
 
 def _prompts(recipe: Recipe) -> str:
+    if recipe.data.images is not None:
+        images = recipe.data.images
+        return f"{len(ImageShards(images))} images with prompts" if images.exists() else f"{images} is still missing: synthesize it"
     path = recipe.data.prompts
+    assert path is not None
     return f"{len(read_prompts(path))} prompts" if path.exists() else f"{path} is still missing: write one prompt a line there"
 
 

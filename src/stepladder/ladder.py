@@ -18,12 +18,16 @@ Boundary = Literal["teacher", "rung"]
 
 @dataclass(frozen=True)
 class Step:
-    """One network call: `teacher_timestep` on the teacher's clock, `timestep` on the rung's own, at latent `size`."""
+    """One network call: `teacher_timestep` on the teacher's clock, `timestep` on the rung's own, at latent `size`.
+
+    `end` is where the next step begins, on this step's rung's clock; 0 for the last.
+    """
 
     stage: int
     teacher_timestep: float
     timestep: float
     size: tuple[int, ...]
+    end: float
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,9 @@ def build_ladder(
     thresholds: Sequence[float] = (),
     shift: ResolutionShift = "flow",
     boundary: Boundary = "teacher",
+    allocation: Sequence[int] = (),
 ) -> Ladder:
-    """Divide the teacher's timesteps among K resolutions.
+    """Divide the teacher's timesteps among K resolutions, at logSNR thresholds or by number.
 
     Args:
         process: the forward process.
@@ -125,35 +130,67 @@ def build_ladder(
         shift: how a rung's timestep follows from the teacher's (see `rung_timestep`).
         boundary: the clock on which steps are compared with a stage's end. "teacher" gives the allocations of Tables 4
             and 5; "rung" moves the end by the rung's own shift, the only reading that gives Wan's 3+3 of Table 6.
+        allocation: instead of thresholds, the number of steps of each size (SwD section 4.1: one each); a stage then ends
+            where the next one's first step begins.
 
     Raises:
         UserError: sizes that shrink, thresholds out of reach, timesteps out of order, or a stage without a step.
     """
     _check_sizes(sizes)
-    if len(thresholds) != len(sizes) - 1:
-        raise UserError(f"{len(sizes)} sizes need {len(sizes) - 1} logSNR thresholds between them, not {len(thresholds)}")
     if any(after >= before for before, after in zip(timesteps, timesteps[1:], strict=False)):
         raise UserError(f"timesteps must fall from step to step, not {[round(t, 1) for t in timesteps]}")
     if not timesteps or timesteps[0] > TIMESTEPS or timesteps[-1] <= 0:
         raise UserError("timesteps must lie in (0, 1000]")
-    bounds = stage_boundaries(process, thresholds)
     top = sizes[-1][-2]
     scales = [top / size[-2] for size in sizes]
-    ends = [
-        end if boundary == "teacher" else rung_timestep(end, scale, process, shift)
-        for end, scale in zip(bounds[1:], scales, strict=True)
+
+    def on_rung(timestep: float, stage: int) -> float:
+        return rung_timestep(timestep, scales[stage], process, shift)
+
+    if allocation:
+        bounds, stages = _counted(timesteps, sizes, thresholds, allocation)
+    else:
+        bounds = _bounds(process, sizes, thresholds)
+        ends = [end if boundary == "teacher" else on_rung(end, stage) for stage, end in enumerate(bounds[1:])]
+        stages = [next(index for index, end in enumerate(ends) if timestep > end) for timestep in timesteps]
+        _check_stages(stages, timesteps, sizes, ends)
+    steps = [
+        Step(stage, timestep, on_rung(timestep, stage), tuple(sizes[stage]), on_rung(after, stage))
+        for stage, timestep, after in zip(stages, timesteps, [*timesteps[1:], 0.0], strict=True)
     ]
-    steps = []
-    for timestep in timesteps:
-        stage = next(index for index, end in enumerate(ends) if timestep > end)
-        steps.append(Step(stage, timestep, rung_timestep(timestep, scales[stage], process, shift), tuple(sizes[stage])))
+    return Ladder(tuple(steps), bounds)
+
+
+def _bounds(process: Process, sizes: Sequence[tuple[int, ...]], thresholds: Sequence[float]) -> tuple[float, ...]:
+    if len(thresholds) != len(sizes) - 1:
+        raise UserError(f"{len(sizes)} sizes need {len(sizes) - 1} logSNR thresholds between them, not {len(thresholds)}")
+    return stage_boundaries(process, thresholds)
+
+
+def _counted(
+    timesteps: Sequence[float], sizes: Sequence[tuple[int, ...]], thresholds: Sequence[float], allocation: Sequence[int]
+) -> tuple[tuple[float, ...], list[int]]:
+    """Boundaries and each step's stage from the number of steps of each size."""
+    if thresholds:
+        raise UserError("a ladder is divided by logSNR thresholds or by an allocation, not by both; remove one of them")
+    if len(allocation) != len(sizes) or min(allocation) < 1 or sum(allocation) != len(timesteps):
+        raise UserError(
+            f"allocation {list(allocation)} must give each of {len(sizes)} sizes one step or more, {len(timesteps)} in all"
+        )
+    stages = [stage for stage, count in enumerate(allocation) for _ in range(count)]
+    firsts = [timesteps[stages.index(stage)] for stage in range(1, len(sizes))]
+    return (TIMESTEPS, *firsts, 0.0), stages
+
+
+def _check_stages(
+    stages: Sequence[int], timesteps: Sequence[float], sizes: Sequence[tuple[int, ...]], ends: Sequence[float]
+) -> None:
     for stage in range(len(sizes)):
-        if not any(step.stage == stage for step in steps):
+        if stage not in stages:
             raise UserError(
                 f"stage {stage + 1} at latent size {sizes[stage]} has no step: none of {[round(t) for t in timesteps]} lies above "
                 f"its end at t = {ends[stage]:.0f} and below the stage before; move a threshold or add steps"
             )
-    return Ladder(tuple(steps), bounds)
 
 
 def full_resolution(timesteps: Sequence[float], size: tuple[int, ...]) -> Ladder:
@@ -171,24 +208,44 @@ def _check_sizes(sizes: Sequence[tuple[int, ...]]) -> None:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published schedule: N steps spaced with `spacing`, on pixel `sizes` (height, width), split at `thresholds`."""
+    """A published schedule on pixel `sizes`, (height, width) or (frames, height, width).
 
+    RMD's: N steps spaced with `spacing`, split at `thresholds`. SwD's: `timesteps` themselves, one for each size.
+    """
+
+    sizes: tuple[tuple[int, ...], ...]
     steps: int
-    spacing: float
-    sizes: tuple[tuple[int, int], ...]
-    thresholds: tuple[float, ...]
+    spacing: float = 1.0
+    thresholds: tuple[float, ...] = ()
     sigma_min: float = 0.0
     boundary: Boundary = "teacher"
+    timesteps: tuple[float, ...] | None = None
+    allocation: tuple[int, ...] = ()
+    shift: ResolutionShift = "flow"
 
-    def timesteps(self) -> tuple[float, ...]:
+    def teacher_timesteps(self) -> tuple[float, ...]:
         """The teacher's timesteps."""
-        return spaced_timesteps(self.steps, self.spacing, self.sigma_min)
+        return self.timesteps or spaced_timesteps(self.steps, self.spacing, self.sigma_min)
 
 
-# RMD Table 6
+def _scale_wise(timesteps: tuple[float, ...], sizes: tuple[tuple[int, ...], ...]) -> Preset:
+    """SwD appendix D: a size a step, and the teacher's own clock on all of them."""
+    return Preset(sizes, len(timesteps), timesteps=timesteps, allocation=(1,) * len(sizes), shift="none")
+
+
+def _square(*sides: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((side, side) for side in sides)
+
+
+# RMD Table 6, SwD appendix D
 PRESETS = {
-    "sdxl": Preset(4, 1.0, ((512, 512), (1024, 1024)), (-2.5,)),
-    "pixart": Preset(4, 1.0, ((512, 512), (1024, 1024)), (-2.5,)),
-    "sd35": Preset(4, 3.0, ((512, 512), (1024, 1024)), (-2.5,)),
-    "wan": Preset(6, 5.0, ((480, 832), (720, 1280)), (-2.5,), sigma_min=0.003 / 1.002, boundary="rung"),
+    "sdxl": Preset(_square(512, 1024), 4, 1.0, (-2.5,)),
+    "pixart": Preset(_square(512, 1024), 4, 1.0, (-2.5,)),
+    "sd35": Preset(_square(512, 1024), 4, 3.0, (-2.5,)),
+    "wan": Preset(((480, 832), (720, 1280)), 6, 5.0, (-2.5,), sigma_min=0.003 / 1.002, boundary="rung"),
+    "swd-sd35-medium": _scale_wise((1000.0, 945.0, 896.0, 790.0, 737.0, 602.0), _square(256, 384, 512, 640, 768, 1024)),
+    "swd-sd35-large": _scale_wise((1000.0, 896.0, 737.0, 602.0), _square(512, 640, 768, 1024)),
+    "swd-flux": _scale_wise((1000.0, 945.0, 790.0, 602.0), _square(256, 512, 768, 1024)),
+    "swd-wan-1.3b": _scale_wise((1000.0, 896.0, 737.0, 602.0), ((21, 160, 272), (41, 240, 416), (61, 320, 560), (81, 480, 832))),
+    "swd-released": _scale_wise((1000.0, 895.9, 737.1, 602.2), _square(512, 640, 768, 1024)),
 }

@@ -42,17 +42,36 @@ def renoise(
         (B, C, *size), differentiable in the prediction.
     """
     # RMD Eq. 10
-    x0, eps = prediction.x0, prediction.eps
-    weight = torch.as_tensor(mix, dtype=x0.dtype)
-    noise = torch.zeros((), dtype=x0.dtype, device=x0.device)
+    x0 = prediction.x0
+    noise, _ = mixed_noise(prediction.eps, size, mix, generator, mode, preserve_variance)
+    return combine(process, resize(x0, size, mode), noise, timestep)
+
+
+def combine(process: Process, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """The forward process: alpha_t x0 + sigma_t noise, at a scalar or (B,) timestep."""
+    t = timestep.to(x0.device)
+    return spread(process.alpha(t).to(x0.dtype), x0) * x0 + spread(process.sigma(t).to(x0.dtype), x0) * noise
+
+
+def mixed_noise(
+    eps: Tensor,
+    size: tuple[int, ...],
+    mix: float | Tensor,
+    generator: Randomness = None,
+    mode: ResampleMode = "bilinear",
+    preserve_variance: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The noise of `renoise`, mix U(eps) + sqrt(1 - mix²) xi, and its fresh share xi (0 where every `mix` is 1)."""
+    weight = torch.as_tensor(mix, dtype=eps.dtype)
+    noise = fresh = torch.zeros((), dtype=eps.dtype, device=eps.device)
     if bool((weight > 0).any()):
-        noise = spread(weight, x0).to(x0.device) * resize(eps, size, mode)
+        noise = spread(weight, eps).to(eps.device) * resize(eps, size, mode)
         if preserve_variance and tuple(eps.shape[2:]) != tuple(size):
             noise = noise / noise_gain(tuple(eps.shape[2:]), tuple(size), mode) ** 0.5
     if bool((weight < 1).any()):
-        noise = noise + spread((1 - weight**2).sqrt(), x0).to(x0.device) * gaussian((*x0.shape[:2], *size), generator, x0)
-    t = timestep.to(x0.device)
-    return spread(process.alpha(t).to(x0.dtype), x0) * resize(x0, size, mode) + spread(process.sigma(t).to(x0.dtype), x0) * noise
+        fresh = gaussian((*eps.shape[:2], *size), generator, eps)
+        noise = noise + spread((1 - weight**2).sqrt(), eps).to(eps.device) * fresh
+    return noise, fresh
 
 
 def gaussian(shape: tuple[int, ...], generator: Randomness, like: Tensor) -> Tensor:

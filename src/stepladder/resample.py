@@ -33,6 +33,11 @@ def resize(x: Tensor, size: tuple[int, ...], mode: ResampleMode = "bilinear") ->
     return F.interpolate(x, size, mode=mode, align_corners=None if mode == "area" else False)
 
 
+def shrink(images: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Pictures (B, 3, H, W), or video (B, 3, T, H, W), averaged down to a smaller pixel `size` (SwD section 4.1)."""
+    return images if tuple(images.shape[2:]) == tuple(size) else F.interpolate(images, size, mode="area")
+
+
 @lru_cache(maxsize=256)
 def noise_gain(before: tuple[int, ...], after: tuple[int, ...], mode: ResampleMode = "bilinear") -> float:
     """Mean variance of U(eps) for white eps of variance 1 (notes.md section 3, 8: 0.39 for bilinear at factor 2).

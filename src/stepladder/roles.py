@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,6 +41,12 @@ class Role:
         if self.enter is not None:
             self.enter()
         return self.backbone.denoise(self.network, x, timestep.expand(len(x)), conditioning, guidance_scale)
+
+    def features(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Hidden states of the middle block at `x`, (B, tokens, D), with their graph."""
+        if self.enter is not None:
+            self.enter()
+        return self.backbone.features(self.network, x, timestep.expand(len(x)), conditioning)
 
     def passes(self, guidance_scale: float) -> int:
         """Network passes of a guided prediction for one sample."""
@@ -76,21 +82,25 @@ class Roles(Protocol):
 class AdapterRoles:
     """One frozen base; student and fake score are LoRA adapters on it (alpha = rank, so that no reader can misread it).
 
+    `trained` names the roles that learn; one that does not learn has no adapter.
+
     Roles are switched by peft's private flags: its public `set_adapter` and `disable_adapters` also flip
     `requires_grad`, and a switch between a forward and its backward would then leave the gradient at zero, silently.
     """
 
-    def __init__(self, backbone: Backbone, rank: int, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, backbone: Backbone, rank: int, gradient_checkpointing: bool = False, trained: Sequence[str] = TRAINED
+    ) -> None:
         self.network = backbone.network.requires_grad_(False)
         self.current = ""
-        for name in TRAINED:
+        for name in trained:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(backbone.lora_targets))
             # peft's own entrance: not every diffusers network (PixArt's) has `add_adapter`
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(config, self.network, adapter_name=name)
         self.layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
-        for name in TRAINED:
+        for name in trained:
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(True)
                 # adapters learn in full precision also on a base that is kept in half
@@ -135,20 +145,20 @@ class AdapterRoles:
 class CopyRoles:
     """Three whole networks, as the papers' full fine-tuning has them."""
 
-    def __init__(self, backbone: Backbone, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, backbone: Backbone, gradient_checkpointing: bool = False, trained: Sequence[str] = TRAINED) -> None:
         self.networks = {TEACHER: backbone.network.requires_grad_(False)}
-        for name in TRAINED:
+        for name in trained:
             network = copy.deepcopy(backbone.network).requires_grad_(True)
             if gradient_checkpointing:
                 network.enable_gradient_checkpointing()  # type: ignore[operator]
             self.networks[name] = network
         self.student, self.fake_score, self.teacher = (
-            Role(backbone, self.networks[name]) for name in (STUDENT, FAKE_SCORE, TEACHER)
+            Role(backbone, self.networks.get(name, backbone.network)) for name in (STUDENT, FAKE_SCORE, TEACHER)
         )
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """All parameters of the role's own network."""
-        return dict(self.networks[role].named_parameters())
+        return dict(self.networks[role].named_parameters()) if role in self.networks else {}
 
 
 def load_parameters(roles: Roles, role: str, tensors: dict[str, Tensor]) -> None:

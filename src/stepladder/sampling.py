@@ -41,15 +41,16 @@ def advance(
     mix: float = 1.0,
     mode: ResampleMode = "bilinear",
     preserve_variance: bool = False,
+    mix_within: float = 1.0,
 ) -> Tensor:
     """From one step's prediction to the next step's state; x0 itself after the last.
 
-    Where the resolution stays the step is the ODE's (RMD Algorithm 2 line 9), where it grows noise is re-injected with
-    share `mix` of the predicted one (line 12, with alpha of appendix B).
+    Where the resolution stays the share of predicted noise is `mix_within`: 1 is the ODE's step (RMD Algorithm 2 line 9),
+    0 the stochastic multistep of DMD2 and SwD. Where it grows the share is `mix` (line 12, with alpha of appendix B).
     """
     if after is None:
         return prediction.x0
-    share = 1.0 if after.size == step.size else mix
+    share = mix_within if after.size == step.size else mix
     timestep = torch.tensor(after.timestep, device=prediction.x0.device)
     return renoise(process, prediction, timestep, after.size, share, generator, mode, preserve_variance)
 
@@ -63,6 +64,7 @@ def cascade(
     mix: float = 1.0,
     mode: ResampleMode = "bilinear",
     preserve_variance: bool = False,
+    mix_within: float = 1.0,
     until: int | None = None,
     watch: Callable[[int, Tensor, Prediction], None] | None = None,
 ) -> Tensor:
@@ -75,7 +77,8 @@ def cascade(
         noise: (B, C, *first size).
         generator: source of the noise re-injected where the resolution grows.
         mix: alpha of RMD Eq. 10 across a change of resolution (appendix B: 1.0 for images, 0.9 for Wan; 0 is Algorithm 2 as
-            printed); within a resolution the step is always the ODE's.
+            printed).
+        mix_within: the same where the resolution stays: 1 is the ODE, 0 fresh noise at every step (DMD2, SwD).
         until: stop before this step and return the state that it would be given.
         watch: called with the index, the state and the prediction of every step taken.
 
@@ -91,5 +94,5 @@ def cascade(
         if watch is not None:
             watch(index, x, prediction)
         after = ladder.steps[index + 1] if index + 1 < len(ladder.steps) else None
-        x = advance(process, prediction, step, after, generator, mix, mode, preserve_variance)
+        x = advance(process, prediction, step, after, generator, mix, mode, preserve_variance, mix_within)
     return x

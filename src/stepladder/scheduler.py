@@ -25,6 +25,7 @@ class LadderScheduler(SchedulerMixin, ConfigMixin):
         mix: alpha of RMD Eq. 10 where the resolution grows.
         resample: kernel of U.
         preserve_variance: undo U's loss of variance.
+        mix_within: alpha where the resolution stays: 1 is the ODE, 0 fresh noise at every step (DMD2, SwD).
         packed: latents come packed, as FLUX's pipeline keeps them; growth then needs `LadderPipeline`, because the
             stock loop fixes positions before its first step.
         prediction_type: "flow_prediction", "epsilon" or "v_prediction".
@@ -47,16 +48,17 @@ class LadderScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float = 2e-2,
         beta_schedule: str = "linear",
         num_train_timesteps: int = 1000,
+        mix_within: float = 1.0,
     ) -> None:
         self.process: Process = process_from(self.config)
         self.init_noise_sigma = 1.0
         self.generators: list[torch.Generator] = []
-        self.within: tuple[int, int] | None = None
+        self.kept: tuple[int, int] | None = None
         self._announce("cpu")
 
     @classmethod
     def of(cls, ladder: Ladder, process: Process, packed: bool = False, **options: Any) -> LadderScheduler:
-        """The scheduler of a ladder; `options` are those of `cascade`: mix, mode, preserve_variance."""
+        """The scheduler of a ladder; `options` are those of `cascade`: mix, mode, preserve_variance, mix_within."""
         timesteps = tuple(step.timestep for step in ladder.steps)
         sizes = tuple(step.size for step in ladder.steps)
         options["resample"] = options.pop("mode", "bilinear")
@@ -65,20 +67,27 @@ class LadderScheduler(SchedulerMixin, ConfigMixin):
     def ladder(self) -> Ladder:
         """The ladder, with stages counted by change of size; teacher timesteps are not kept beyond training."""
         steps: list[Step] = []
-        for timestep, size in zip(self.config.timesteps, self.config.sizes, strict=True):
+        ends_of_steps = [*self.config.timesteps[1:], 0.0]
+        for timestep, end, size in zip(self.config.timesteps, ends_of_steps, self.config.sizes, strict=True):
             stage = steps[-1].stage + (tuple(size) != steps[-1].size) if steps else 0
-            steps.append(Step(int(stage), timestep, timestep, tuple(size)))
+            steps.append(Step(int(stage), timestep, timestep, tuple(size), end))
         ends = [after.timestep for before, after in zip(steps, steps[1:], strict=False) if after.stage != before.stage]
         return Ladder(tuple(steps), (TIMESTEPS, *ends, 0.0))
 
     def options(self) -> dict[str, Any]:
         """The options of `cascade` that this scheduler was made with."""
-        return {"mix": self.config.mix, "mode": self.config.resample, "preserve_variance": self.config.preserve_variance}
+        config = self.config
+        return {
+            "mix": config.mix,
+            "mode": config.resample,
+            "preserve_variance": config.preserve_variance,
+            "mix_within": config.mix_within,
+        }
 
     def keep_to(self, stage: int | None) -> None:
         """Let the next calls take one stage's steps only, as `LadderPipeline` does; None is the whole ladder again."""
         steps = self.ladder().steps_of(stage) if stage is not None else []
-        self.within = (steps[0], steps[-1] + 1) if steps else None
+        self.kept = (steps[0], steps[-1] + 1) if steps else None
 
     def set_timesteps(
         self,
@@ -91,7 +100,7 @@ class LadderScheduler(SchedulerMixin, ConfigMixin):
 
         `sigmas`, `mu` and the like, which some pipelines compute for their own schedulers, are not used.
         """
-        first, last = self.within or (0, len(self.config.timesteps))
+        first, last = self.kept or (0, len(self.config.timesteps))
         wanted = num_inference_steps if num_inference_steps is not None else len(sigmas) if sigmas is not None else None
         if wanted is not None and wanted != last - first:
             raise UserError(f"this student takes {last - first} steps, not {wanted}; pass num_inference_steps={last - first}")
@@ -100,7 +109,7 @@ class LadderScheduler(SchedulerMixin, ConfigMixin):
         self._announce(device)
 
     def _announce(self, device: str | torch.device | None) -> None:
-        first, last = self.within or (0, len(self.config.timesteps))
+        first, last = self.kept or (0, len(self.config.timesteps))
         own = torch.tensor(self.config.timesteps, dtype=torch.float32)
         self.timesteps = self.process.network_timestep(own)[first:last].to(device)
         self.sigmas = self.process.sigma(own)[first:last]

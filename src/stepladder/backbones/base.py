@@ -42,6 +42,10 @@ class Release:
     rungs: tuple[Size, ...] = ()
 
 
+class _MiddleReachedError(Exception):
+    """Ends a pass at the middle block."""
+
+
 class Backbone(ABC):
     """A diffusers pipeline behind a few verbs: encode, denoise, features, decode, and `tiny` for tests.
 
@@ -128,19 +132,29 @@ class Backbone(ABC):
         return self.encode([prompt], size)
 
     def features(self, network: Any, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Hidden states of the middle block, (B, tokens, D), with their graph."""
+        """Hidden states of the middle block, (B, tokens, D), with their graph; the blocks after it are not run."""
         caught: list[Tensor] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output[-1] if isinstance(output, tuple) else output
             caught.append(hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden)
+            raise _MiddleReachedError
 
         handle = self.middle(network).register_forward_hook(keep)
         try:
             self.denoise(network, x, timestep, conditioning)
+        except _MiddleReachedError:
+            pass
         finally:
             handle.remove()
         return caught[0]
+
+    def feature_width(self, size: Size) -> int:
+        """Width of the middle block's features, found by one pass at a latent size."""
+        device = next(self.network.parameters()).device
+        x = torch.zeros(1, self.latent_channels, *size, device=device)
+        with torch.no_grad():
+            return self.features(self.network, x, torch.zeros(1, device=device), self.blank_conditioning(1, device)).shape[-1]
 
     @property
     def network(self) -> Any:
@@ -221,6 +235,18 @@ class Backbone(ABC):
         """From the network's latents to the VAE's."""
         config = self.pipeline.vae.config
         return latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width), or video (B, 3, T, height, width), in [-1, 1] to latents; the inverse of `decode`."""
+        vae = self.pipeline.vae
+        if vae is None:
+            raise UserError("the VAE was dropped from memory; load the model again to encode images")
+        with torch.no_grad():
+            coded = vae.encode(images.to(vae.dtype))
+        latents = (coded.latent_dist.mode() if hasattr(coded, "latent_dist") else coded.latents).float()
+        # `unscale` is affine in each channel, so two values of it give its inverse
+        offset = self.unscale(torch.zeros_like(latents))
+        return (latents - offset) / (self.unscale(torch.ones_like(latents)) - offset)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, 3, height, width) in [-1, 1]; video keeps its frames, (B, 3, T, height, width)."""

@@ -91,11 +91,14 @@ class PromptCache:
             digest.update(self.conditioning.tensors[name].float().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def batch(self, update: int, size: int) -> Conditioning:
-        """The prompts of one update: consecutive places of an endless sequence of shuffled epochs."""
+    def rows(self, number: int, size: int) -> list[int]:
+        """Which prompts a batch has: consecutive places of an endless sequence of shuffled epochs."""
         count = len(self.conditioning)
-        places = range(update * size, (update + 1) * size)
-        return self.conditioning.rows([self._order(place // count)[place % count] for place in places])
+        return [self._order(place // count)[place % count] for place in range(number * size, (number + 1) * size)]
+
+    def batch(self, number: int, size: int) -> Conditioning:
+        """The prompts of one batch."""
+        return self.conditioning.rows(self.rows(number, size))
 
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_epoch", None) != epoch:

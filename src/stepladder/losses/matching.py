@@ -1,4 +1,4 @@
-"""Distribution matching: what moves the student (RMD Eq. 8) and what keeps the fake score up to date (RMD Eq. 9)."""
+"""Distribution matching: what moves the student, and what keeps the fake score up to date (RMD, DMD2, TDM, SwD)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from stepladder.processes import spread
 
 HUBER = 0.00054
 
@@ -51,3 +53,55 @@ def fake_score_loss(prediction: Tensor, target: Tensor, logsnr: Tensor, cap: flo
     # RMD Eq. 9
     weight = torch.exp(logsnr.float()).clamp(max=cap)
     return weight * (prediction.float() - target.detach().float()).flatten(1).square().mean(1)
+
+
+def matching_direction(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> tuple[Tensor, Tensor]:
+    """g = x0_fake - x0_real and w = mean |x0 - x0_real| per sample, in double precision as TDM has it.
+
+    DMD2, TDM and SwD all descend along g / w: what differs between the student's and the teacher's distribution, in
+    units of how far the teacher still is from the student's sample.
+
+    Args:
+        x0: (B, …), the student's sample.
+        fake_x0, real_x0: predictions of the fake score and of the guided teacher at the renoised sample.
+
+    Returns:
+        (B, …) and (B,).
+    """
+    distance = (x0.detach().double() - real_x0.double()).abs().flatten(1).mean(1)
+    return (fake_x0 - real_x0).detach(), distance.clamp(min=1e-8).to(x0.dtype)
+
+
+def normalised_matching_loss(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Tensor:
+    """DMD2's and SwD's student loss per sample: half the mean squared distance to sg(x0 - g / w).
+
+    Its gradient is g / w, divided by the elements of a sample.
+    """
+    # DMD2 Eq. 1, in the released code's form
+    direction, distance = matching_direction(x0, fake_x0, real_x0)
+    target = (x0 - direction / spread(distance, x0)).detach()
+    return 0.5 * (x0 - target).float().flatten(1).square().mean(1)
+
+
+def trajectory_matching_loss(x0: Tensor, fake_x0: Tensor, real_x0: Tensor, constant: float = 1e-3) -> Tensor:
+    """TDM's student loss per sample: elementwise Pseudo-Huber distance to sg(x0 - g), mean, divided by w."""
+    # TDM released code
+    direction, distance = matching_direction(x0, fake_x0, real_x0)
+    difference = (x0 - (x0 - direction).detach()).float()
+    return ((difference.square() + constant**2).sqrt() - constant).flatten(1).mean(1) / distance
+
+
+def importance_weight(mixed: Tensor, fresh: Tensor) -> Tensor:
+    """TDM's weight per sample: exp(-½ mean eps_mix²) / exp(-½ mean xi²).
+
+    The density of the noise that a state really holds, partly the student's own prediction, over that of fresh noise.
+
+    Args:
+        mixed: (B, …), the noise in the state.
+        fresh: (B, …), its fresh share xi.
+    """
+
+    def energy(noise: Tensor) -> Tensor:
+        return noise.float().square().flatten(1).mean(1)
+
+    return torch.exp(0.5 * (energy(fresh) - energy(mixed)))

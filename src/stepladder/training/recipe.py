@@ -51,7 +51,7 @@ class ModelPart(Part):
 class LadderPart(Part):
     """The ladder: sizes in pixels, steps, and where the resolution changes."""
 
-    preset: Literal["sdxl", "pixart", "sd35", "wan"] | None = Field(None, description="start from a schedule of RMD Table 6")
+    preset: str | None = Field(None, description=f"start from a published schedule: {', '.join(PRESETS)}")
     sizes: list[tuple[int, int] | tuple[int, int, int]] = Field(
         description="(height, width) of each rung, growing; (frames, height, width) for video"
     )
@@ -62,18 +62,21 @@ class LadderPart(Part):
     timesteps: list[float] | None = Field(None, description="the teacher's timesteps themselves, instead of steps and spacing")
     shift: ResolutionShift = Field("flow", description="how a low rung's timestep follows from the teacher's (Eq. 2)")
     boundary: Boundary = Field("teacher", description="clock on which thresholds are compared; `rung` gives Wan's 3+3")
+    allocation: list[int] = Field(default_factory=list, description="steps of each size, instead of thresholds")
 
     @model_validator(mode="before")
     @classmethod
     def _from_preset(cls, value: Any) -> Any:
         name = value.get("preset") if isinstance(value, dict) else None
-        return {**asdict(PRESETS[name]), **value} if name in PRESETS else value
+        if name is not None and name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+        return {**asdict(PRESETS[name]), **value} if name else value
 
     def build(self, backbone: Backbone) -> Ladder:
         """The ladder for a backbone."""
         timesteps = self.timesteps or spaced_timesteps(self.steps, self.spacing, self.sigma_min)
         sizes = [backbone.latent_size(size) for size in self.sizes]
-        return build_ladder(backbone.process, timesteps, sizes, self.thresholds, self.shift, self.boundary)
+        return build_ladder(backbone.process, timesteps, sizes, self.thresholds, self.shift, self.boundary, self.allocation)
 
 
 class RolesPart(Part):
@@ -85,10 +88,19 @@ class RolesPart(Part):
 
 
 class DataPart(Part):
-    """Prompts."""
+    """Prompts, or images with their prompts."""
 
-    prompts: Path = Field(description="TXT, JSONL or CSV; relative to the recipe")
+    prompts: Path | None = Field(None, description="TXT, JSONL or CSV; relative to the recipe")
+    images: Path | None = Field(
+        None, description="a folder of webdataset shards, as `stepladder synthesize` writes them, with the prompts to use"
+    )
     negative_prompt: str = Field("", description="what guidance on the real score leads away from")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataPart:
+        if (self.prompts is None) == (self.images is None):
+            raise ValueError("give either prompts, a text file, or images, a folder of shards that hold prompts too")
+        return self
 
 
 class TrainingPart(Part):
@@ -128,6 +140,15 @@ class Recipe(Part):
             raise ValueError(f"unknown method {name!r}; known methods: {', '.join(sorted(methods()))}")
         return methods()[name].Config.model_validate(value).model_dump(mode="json")
 
+    @model_validator(mode="after")
+    def _has_images(self) -> Recipe:
+        if self.data.images is None and methods()[self.method["name"]].wants_images(self.method_config()):
+            raise ValueError(
+                f"method {self.method['name']} with these terms needs images: make some with stepladder synthesize and set "
+                "data.images to their folder"
+            )
+        return self
+
     def method_config(self) -> Any:
         """The method's own configuration."""
         return methods()[self.method["name"]].Config.model_validate(self.method)
@@ -161,9 +182,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     recipe = parse_recipe(tree)
-    recipe.data.prompts = (path.parent / recipe.data.prompts.expanduser()).resolve()
-    if recipe.model.weights is not None:
-        recipe.model.weights = (path.parent / recipe.model.weights.expanduser()).resolve()
+    for part, key in ((recipe.data, "prompts"), (recipe.data, "images"), (recipe.model, "weights")):
+        if getattr(part, key) is not None:
+            setattr(part, key, (path.parent / getattr(part, key).expanduser()).resolve())
     beside = (path.parent / Path(recipe.model.path).expanduser()).resolve()
     if recipe.model.path != "bundled" and (beside.exists() or not is_hub_id(recipe.model.path)):
         recipe.model.path = str(beside)
@@ -217,4 +238,6 @@ def _explain(error: ValidationError, prefix: str = "", known: set[str] | None = 
     if first["type"] == "missing":
         return f"{where} is missing; add it to the recipe"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message} (got {first.get('input')!r}); correct it in the recipe"
+    given = first.get("input")
+    got = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r}); correct it in the recipe"
+    return f"{where}: {message}{got}" if where.strip(".") else f"{message}{got}"

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepladder.backbones.base import Backbone
 from stepladder.data.prompts import PromptCache, encode_prompts, read_prompts
+from stepladder.data.shards import ImageShards
 from stepladder.errors import UserError
 from stepladder.fingerprint import fingerprint
 from stepladder.images import save_grid, still
 from stepladder.ladder import Ladder
 from stepladder.methods import methods
+from stepladder.methods.base import Batch, Method, Setting
 from stepladder.precision import autocast, pick_device
 from stepladder.progress import console, progress_bar
-from stepladder.roles import FAKE_SCORE, STUDENT, AdapterRoles, CopyRoles, Roles, load_parameters
+from stepladder.resample import shrink
+from stepladder.roles import FAKE_SCORE, STUDENT, TRAINED, AdapterRoles, CopyRoles, Roles, load_parameters, load_tensors
 from stepladder.samplers import Sampler, sample
 from stepladder.storage import load_tree, save_tree
 from stepladder.training.logs import MetricLog
@@ -30,12 +35,24 @@ RECIPE_FILE = "recipe.yaml"
 GRID_PROMPTS = 8
 
 
-def build_roles(backbone: Backbone, recipe: Recipe) -> Roles:
+def build_method(recipe: Recipe, backbone: Backbone, ladder: Ladder) -> Method:
+    """The recipe's method; the start of a discriminator's head depends on the recipe's seed alone."""
+    config = recipe.method_config()
+    torch.manual_seed(recipe.training.seed)
+    width = backbone.feature_width(ladder.steps[0].size) if config.gan is not None else 0
+    setting = Setting(ladder, backbone.process, backbone.latent_channels, width)
+    method: Method = methods()[recipe.method["name"]](config, setting)
+    if method.head is not None:
+        method.head.to(next(backbone.network.parameters()).device)
+    return method
+
+
+def build_roles(backbone: Backbone, recipe: Recipe, trained: Sequence[str] = TRAINED) -> Roles:
     """Roles as the recipe keeps them; the adapters' start depends on the recipe's seed alone."""
     torch.manual_seed(recipe.training.seed)
     if recipe.roles.mode == "lora":
-        return AdapterRoles(backbone, recipe.roles.lora_rank, recipe.roles.gradient_checkpointing)
-    return CopyRoles(backbone, recipe.roles.gradient_checkpointing)
+        return AdapterRoles(backbone, recipe.roles.lora_rank, recipe.roles.gradient_checkpointing, trained)
+    return CopyRoles(backbone, recipe.roles.gradient_checkpointing, trained)
 
 
 @dataclass
@@ -45,9 +62,10 @@ class Run:
     recipe: Recipe
     backbone: Backbone
     roles: Roles
-    method: Any
+    method: Method
     ladder: Ladder
     prompts: PromptCache
+    images: ImageShards | None
     optimizers: dict[str, torch.optim.Optimizer]
     average: dict[str, Tensor]
     generator: torch.Generator
@@ -63,19 +81,41 @@ class Run:
         ladder = recipe.ladder.build(backbone)
         backbone.to(device)
         base = fingerprint(backbone.network)
-        prompts = read_and_encode(recipe, backbone)
-        roles = build_roles(backbone, recipe)
-        rates = {STUDENT: training.student_learning_rate, FAKE_SCORE: training.fake_score_learning_rate}
+        images = ImageShards(recipe.data.images) if recipe.data.images is not None else None
+        prompts = read_and_encode(recipe, backbone, images)
+        method = build_method(recipe, backbone, ladder)
+        rates = {STUDENT: training.student_learning_rate}
+        if method.trains_fake_score:
+            rates[FAKE_SCORE] = training.fake_score_learning_rate
+        roles = build_roles(backbone, recipe, tuple(rates))
         optimizers: dict[str, torch.optim.Optimizer] = {
             role: torch.optim.AdamW(
-                roles.parameters(role).values(), lr=rate, betas=training.betas, weight_decay=training.weight_decay, fused=True
+                learning(roles, method, role), lr=rate, betas=training.betas, weight_decay=training.weight_decay, fused=True
             )
             for role, rate in rates.items()
         }
-        method = methods()[recipe.method["name"]](recipe.method_config(), ladder, backbone.process, backbone.latent_channels)
         average = {name: parameter.detach().clone() for name, parameter in roles.parameters(STUDENT).items()}
         generator = torch.Generator().manual_seed(training.seed)
-        return cls(recipe, backbone, roles, method, ladder, prompts, optimizers, average, generator, device, base)
+        return cls(recipe, backbone, roles, method, ladder, prompts, images, optimizers, average, generator, device, base)
+
+    def batch(self, number: int) -> Batch:
+        """The prompts of a batch and, where the run has images, what belongs to them."""
+        size = self.recipe.training.batch_size
+        rows = self.prompts.rows(number, size)
+        unconditional = self.prompts.unconditional.to(self.device).expand(size)
+        encoded = self._encoded(rows) if self.images is not None else None
+        return Batch(self.prompts.conditioning.rows(rows).to(self.device), unconditional, encoded)
+
+    def _encoded(self, rows: list[int]) -> Callable[[tuple[int, ...]], Tensor]:
+        """Latents of the images `rows` at a latent size: shrunk in pixel space, then encoded (SwD section 4.1)."""
+        assert self.images is not None
+        full = self.images.load(rows, self.backbone.pixel_size(self.ladder.size)).to(self.device)
+
+        @lru_cache(maxsize=None)
+        def at(size: tuple[int, ...]) -> Tensor:
+            return self.backbone.encode_images(shrink(full, self.backbone.pixel_size(size)))
+
+        return at
 
     def state(self) -> dict[str, Any]:
         """Everything the next update depends on."""
@@ -84,7 +124,9 @@ class Run:
             "identity": self.recipe.identity(),
             "base": self.base,
             "prompts": self.prompts.digest,
-            "weights": {role: dict(self.roles.parameters(role)) for role in (STUDENT, FAKE_SCORE)},
+            "images": self.images.digest if self.images is not None else "",
+            "weights": {role: dict(self.roles.parameters(role)) for role in self.optimizers},
+            "head": dict(self.method.head.named_parameters()) if self.method.head is not None else {},
             "average": self.average,
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
             "generator": self.generator.get_state(),
@@ -100,11 +142,14 @@ class Run:
             ("identity", self.recipe.identity(), "recipe"),
             ("base", self.base, "model"),
             ("prompts", self.prompts.digest, "prompts"),
+            ("images", self.images.digest if self.images is not None else "", "images"),
         )
         for key, value, name in own:
             if state.get(key) != value:
                 raise UserError(f"{path} belongs to another {name}; resume with its own {name} or start in a new folder")
-        for role in (STUDENT, FAKE_SCORE):
+        if self.method.head is not None:
+            load_tensors(dict(self.method.head.named_parameters()), state["head"])
+        for role in self.optimizers:
             load_parameters(self.roles, role, state["weights"][role])
             rates = [group["lr"] for group in self.optimizers[role].param_groups]
             self.optimizers[role].load_state_dict(state["optimizers"][role])
@@ -115,13 +160,20 @@ class Run:
         self.update = state["update"]
 
 
-def read_and_encode(recipe: Recipe, backbone: Backbone) -> PromptCache:
-    """Encode the recipe's prompts; then the text encoders, and a VAE that will draw nothing, leave the memory."""
-    texts, size = read_prompts(recipe.data.prompts), recipe.ladder.sizes[-1]
+def learning(roles: Roles, method: Method, role: str) -> list[nn.Parameter]:
+    """What learns with a role: its own parameters and, with the fake score's, the discriminator's head."""
+    head = list(method.head.parameters()) if role == FAKE_SCORE and method.head is not None else []
+    return [*roles.parameters(role).values(), *head]
+
+
+def read_and_encode(recipe: Recipe, backbone: Backbone, images: ImageShards | None) -> PromptCache:
+    """Encode the recipe's prompts; then the text encoders, and a VAE that has nothing to do, leave the memory."""
+    size = recipe.ladder.sizes[-1]
+    texts = images.prompts if images is not None else read_prompts(recipe.data.prompts)  # type: ignore[arg-type]
     unconditional = backbone.unconditional(recipe.data.negative_prompt, size).to("cpu")
     prompts = PromptCache(encode_prompts(backbone, texts, size), unconditional, recipe.training.seed)
     backbone.drop_text_encoders()
-    if not recipe.training.sample_every:
+    if not recipe.training.sample_every and images is None:
         backbone.drop_vae()
     return prompts
 
@@ -133,21 +185,19 @@ def train_update(run: Run) -> dict[str, float]:
         UserError: a loss or gradient is NaN or infinite; nothing has been changed by the update's last step.
     """
     training, method = run.recipe.training, run.method
-    conditioning = run.prompts.batch(run.update, training.batch_size).to(run.device)
-    unconditional = run.prompts.unconditional.to(run.device).expand(training.batch_size)
     figures: dict[str, float] = {}
-    for _ in range(method.config.fake_updates - 1):
-        with torch.no_grad(), autocast(run.device, training.precision):
-            passing = method.roll_out(run.roles, conditioning, run.update, run.generator)
-        with autocast(run.device, training.precision):
-            loss = method.fake_score_loss(run.roles, passing)
-        _descend(run, FAKE_SCORE, loss)
+    count = method.config.fake_updates if method.trains_fake_score else 1
+    for index in range(count):
+        batch = run.batch(run.update * count + index)
+        # only the last sample also teaches the student
+        with torch.set_grad_enabled(index == count - 1), autocast(run.device, training.precision):
+            drawn = method.roll_out(run.roles, batch, run.update, run.generator)
+        if method.trains_fake_score:
+            with autocast(run.device, training.precision):
+                loss = method.fake_score_loss(run.roles, drawn, batch, run.generator)
+            figures.update(_descend(run, FAKE_SCORE, loss))
     with autocast(run.device, training.precision):
-        drawn = method.roll_out(run.roles, conditioning, run.update, run.generator)
-        loss = method.fake_score_loss(run.roles, drawn)
-    figures.update(_descend(run, FAKE_SCORE, loss))
-    with autocast(run.device, training.precision):
-        loss = method.student_loss(run.roles, drawn, unconditional)
+        loss = method.student_loss(run.roles, drawn, batch, run.generator)
     figures.update(_descend(run, STUDENT, loss))
     with torch.no_grad():
         own = run.roles.parameters(STUDENT)
@@ -157,8 +207,9 @@ def train_update(run: Run) -> dict[str, float]:
 
 
 def _descend(run: Run, role: str, loss: Tensor) -> dict[str, float]:
-    parameters = list(run.roles.parameters(role).values())
-    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = learning(run.roles, run.method, role)
+    # an adversarial student loss passes through the fake score, which must not learn from it
+    loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.recipe.training.max_grad_norm)
     value, size = loss.item(), norm.item()
     if not (math.isfinite(value) and math.isfinite(size)):
@@ -232,7 +283,8 @@ def train(run: Run, folder: Path) -> None:
             figures = train_update(run)
             speed = (run.update - first) / (time.monotonic() - started)
             log.write(run.update, figures | {"updates_per_second": speed})
-            note = f"student {figures['student_loss']:.3f} fake {figures['fake_score_loss']:.3f} {speed:.2f} updates/s"
+            losses = " ".join(f"{role} {figures[f'{role}_loss']:.3f}" for role in run.optimizers)
+            note = f"{losses} {speed:.2f} updates/s"
             bar.update(task, completed=run.update, note=note)
             if not console.is_terminal and run.update % 20 == 0:
                 left = (training.updates - run.update) / speed

@@ -1,0 +1,179 @@
+"""What all methods share: a batch, a roll-out's sample, and the terms that any of them can add."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from stepladder.conditioning import Conditioning
+from stepladder.errors import UserError
+from stepladder.ladder import Ladder
+from stepladder.losses.adversarial import Discriminator
+from stepladder.methods.terms import GANTerm, MMDTerm, discriminator_term, generator_term, mmd_term
+from stepladder.prediction import Prediction
+from stepladder.processes import Process
+from stepladder.roles import Role, Roles
+from stepladder.sampling import cascade, initial_noise
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method knows of the model: its ladder and process, channels of latents, width of the middle block's features."""
+
+    ladder: Ladder
+    process: Process
+    channels: int
+    feature_width: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts of one update, B of them, and the images that belong to them.
+
+    images: a latent size, (H, W) or (T, H, W), to latents (B, C, *size) of the images shrunk in pixel space and encoded;
+    None where a run has no images.
+    """
+
+    conditioning: Conditioning
+    unconditional: Conditioning
+    images: Callable[[tuple[int, ...]], Tensor] | None = None
+
+    def real(self, size: tuple[int, ...]) -> Tensor:
+        """Latents of the batch's images at a latent size."""
+        if self.images is None:
+            raise UserError("this method needs images: make some with stepladder synthesize and set data.images")
+        return self.images(size)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one roll-out yields.
+
+    x0: (B, C, …), the student's clean sample, with its graph, at the size it is matched at · x: the same renoised to
+    `timestep`, (B,), with its graph · stage: of the ladder · weight: (B,), importance of each sample to the fake score.
+    """
+
+    x0: Tensor
+    x: Tensor
+    timestep: Tensor
+    stage: int
+    conditioning: Conditioning
+    weight: Tensor | None = None
+
+
+class MethodConfig(BaseModel):
+    """Settings that every method has."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    guidance_scale: float = Field(4.5, ge=1, description="classifier-free guidance on the real score")
+    fake_updates: int = Field(1, ge=1, description="fake-score updates for each student update")
+    matching_weight: float = Field(1.0, ge=0, description="weight of distribution matching; 0 leaves the other terms alone")
+    gan: GANTerm | None = Field(None, description="adversarial term on the fake score's features; needs data.images")
+    mmd: MMDTerm | None = Field(None, description="MMD term on the frozen teacher's features; needs data.images")
+
+    @model_validator(mode="after")
+    def _some_term(self) -> MethodConfig:
+        if not self.matching_weight and self.gan is None and self.mmd is None:
+            raise ValueError("matching_weight is 0 and there is neither gan nor mmd: nothing would be learned; add a term")
+        return self
+
+
+class Method(ABC):
+    """An objective: how the student is rolled out, and what it and the fake score then learn from the sample."""
+
+    Config: ClassVar[type[MethodConfig]]
+
+    def __init__(self, config: Any, setting: Setting) -> None:
+        self.config = config
+        self.ladder = setting.ladder
+        self.process = setting.process
+        self.channels = setting.channels
+        self.head = Discriminator(setting.feature_width) if config.gan is not None else None
+
+    @classmethod
+    def wants_images(cls, config: MethodConfig) -> bool:
+        """Whether the method's terms need real or teacher-made images."""
+        return config.gan is not None or config.mmd is not None
+
+    @property
+    def trains_fake_score(self) -> bool:
+        """Whether some term needs a fake score; MMD alone does not."""
+        return self.config.matching_weight > 0 or self.config.gan is not None
+
+    @abstractmethod
+    def sampler_options(self) -> dict[str, Any]:
+        """What `cascade` needs to sample as in training."""
+
+    @abstractmethod
+    def roll_out(self, roles: Roles, batch: Batch, update: int, generator: torch.Generator) -> Sample:
+        """Let the student make the sample that this update learns from."""
+
+    @abstractmethod
+    def fake_score_matching(self, roles: Roles, sample: Sample, generator: torch.Generator) -> Tensor:
+        """How well the fake score knows the student's samples; a scalar."""
+
+    @abstractmethod
+    def student_matching(self, roles: Roles, sample: Sample, unconditional: Conditioning) -> Tensor:
+        """What moves the student's distribution towards the teacher's; a scalar."""
+
+    def fake_score_loss(self, roles: Roles, sample: Sample, batch: Batch, generator: torch.Generator) -> Tensor:
+        """All that the fake score (and the discriminator's head) learns from."""
+        loss = self.fake_score_matching(roles, sample, generator)
+        if self.head is not None:
+            term = self.config.gan
+            real = batch.real(tuple(sample.x0.shape[2:]))
+            loss = loss + discriminator_term(
+                term, self.head, roles, self.process, sample.x0.detach(), real, batch.conditioning, generator
+            )
+        return loss
+
+    def student_loss(self, roles: Roles, sample: Sample, batch: Batch, generator: torch.Generator) -> Tensor:
+        """All that the student learns from."""
+        loss = torch.zeros((), device=sample.x0.device)
+        if self.config.matching_weight:
+            loss = self.config.matching_weight * self.student_matching(roles, sample, batch.unconditional)
+        if self.head is not None:
+            loss = loss + generator_term(self.config.gan, self.head, roles, self.process, sample.x0, batch.conditioning, generator)
+        if self.config.mmd is not None:
+            real = batch.real(tuple(sample.x0.shape[2:]))
+            loss = loss + mmd_term(self.config.mmd, roles, self.process, sample.x0, real, batch.conditioning, generator)
+        return loss
+
+    def scores(self, roles: Roles, sample: Sample, unconditional: Conditioning) -> tuple[Prediction, Prediction]:
+        """What fake score and guided teacher predict at the renoised sample, without gradient."""
+        x = sample.x.detach()
+        with torch.no_grad():
+            fake = roles.fake_score(x, sample.timestep, sample.conditioning)
+            real = roles.teacher.guided(x, sample.timestep, sample.conditioning, unconditional, self.config.guidance_scale)
+        return fake, real
+
+    def predict_at(self, roles: Roles, conditioning: Conditioning, index: int, generator: torch.Generator) -> Prediction:
+        """Backward simulation: the steps before `index` without gradient, as in sampling; then the student with it."""
+        batch, like = len(conditioning), next(iter(conditioning.tensors.values()))
+        noise = initial_noise(self.ladder, batch, self.channels, generator, like)
+        with torch.no_grad():
+            student = _bind(roles.student, conditioning)
+            state = cascade(student, self.process, self.ladder, noise, generator, until=index, **self.sampler_options())
+        clock = torch.tensor(self.ladder.steps[index].timestep, device=state.device)
+        return roles.student(state, clock, conditioning)
+
+
+def _bind(role: Role, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Prediction]:
+    return lambda x, timestep: role(x, timestep, conditioning)
+
+
+def drawn(count: int, generator: torch.Generator) -> int:
+    """A number below `count`, all alike probable."""
+    return int(torch.randint(count, (), generator=generator))
+
+
+def uniform(low: float, high: float, batch: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """(B,) timesteps uniform in [low, high]."""
+    return (low + (high - low) * torch.rand(batch, generator=generator)).to(like.device)
