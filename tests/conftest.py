@@ -18,9 +18,12 @@ settings.register_profile("stepladder", deadline=None, max_examples=40, derandom
 settings.load_profile("stepladder")
 
 
+THREADS = min(2, torch.get_num_threads())
+
+
 @pytest.fixture(autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

@@ -205,7 +205,10 @@ def test_recipes_in_the_repository_are_valid(path):
     recipe = load_recipe(path)
     backbone = sketch_backbone(resolve_model(recipe.model.path))
     ladder = recipe.ladder.build(backbone)
-    assert ladder.allocation() == ("3+3" if backbone.name == "wan" else "2+2")
+    if recipe.method["name"] == "rmd":
+        assert ladder.allocation() == ("3+3" if backbone.name == "wan" else "2+2")
+    else:
+        assert len(ladder.steps) >= 4
 
 
 def test_every_release_has_a_recipe_of_its_name_and_model():

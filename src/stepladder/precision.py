@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+from importlib.metadata import version
 
 import torch
 
@@ -33,6 +35,14 @@ def weight_dtype(name: str, device: torch.device) -> torch.dtype:
     """The precision of weights that are not trained: `bf16`, `fp32`, or `auto`, which is bf16 on a GPU."""
     half = name == "bf16" or (name == "auto" and device.type == "cuda")
     return torch.bfloat16 if half else torch.float32
+
+
+def describe(device: torch.device) -> str:
+    """The machine and the versions that a figure of time was measured with, in words."""
+    place = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    return ", ".join([place, *(f"{name} {version(name).split('+')[0]}" for name in ("torch", "diffusers", "peft"))])
 
 
 def synchronize(device: torch.device) -> None:

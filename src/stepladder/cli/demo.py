@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 import yaml
 from rich.console import Console
@@ -20,6 +17,7 @@ from stepladder.evaluation.tables import table
 from stepladder.evaluation.world import examine_all
 from stepladder.export import load_student
 from stepladder.planning import plan_ladder
+from stepladder.precision import describe, pick_device
 from stepladder.progress import console
 from stepladder.reporting.report import Material, write_report
 from stepladder.storage import write_text
@@ -76,6 +74,5 @@ def _facts(training: float, measuring: float, images: int, updates: int) -> list
     return [
         ("training", f"{updates} updates in {training:.0f} s, loading included"),
         ("measuring", f"{images} images in {measuring:.0f} s"),
-        ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
-        ("versions", ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "diffusers", "peft"))),
+        ("machine", describe(pick_device("auto"))),
     ]

@@ -27,9 +27,9 @@ app = typer.Typer(
 def _register() -> None:
     if app.registered_commands:
         return
-    from stepladder.cli import bench, demo, distill, evaluate, export, generate, plan, teach
+    from stepladder.cli import bench, demo, distill, evaluate, export, generate, plan, reproduce, spectrum, synthesize, teach
 
-    for module in (demo, plan, distill, generate, evaluate, export, teach):
+    for module in (demo, plan, distill, generate, evaluate, export, synthesize, spectrum, reproduce, teach):
         app.command(name=module.__name__.rsplit(".", 1)[-1])(module.command)
     app.add_typer(bench.app, name="bench")
 

@@ -109,7 +109,7 @@ def _decode(entry: Entry, size: tuple[int, ...]) -> Tensor:
 
 
 def _frames(content: io.BytesIO, size: tuple[int, ...]) -> list[Image.Image]:
-    with av.open(content) as container:
+    with av.open(content, "r") as container:
         frames = [frame.to_image() for frame in container.decode(video=0)]
     wanted = size[0] if len(size) == 3 else 1
     if len(frames) < wanted:

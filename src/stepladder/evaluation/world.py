@@ -17,6 +17,7 @@ from stepladder.data.prompts import encode_prompts
 from stepladder.errors import UserError
 from stepladder.evaluation.metrics import diversity, frechet_distance, prompt_accuracy
 from stepladder.progress import progress_bar
+from stepladder.resample import resize
 from stepladder.samplers import Sampler, sample_many
 from stepladder.world.captions import captions
 from stepladder.world.judge import Judge
@@ -63,11 +64,26 @@ def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
     return Exam(scenes, prompts, encode_prompts(backbone, prompts).to(device), unconditional, reference, seed)
 
 
+def enlarge(images: Tensor, exam: Exam) -> Tensor:
+    """Pictures as large as the exam's, for the judge knows no other size."""
+    return resize(images, tuple(exam.reference.shape[2:]), "bicubic").clamp(-1, 1)
+
+
+def measure(images: Tensor, exam: Exam) -> dict[str, Any]:
+    """Prompt accuracy and FID of images (N, 3, H, W), one a caption of the exam."""
+    judge, images = load_judge(), enlarge(images, exam)
+    return {
+        **prompt_accuracy(judge, images, exam.scenes),
+        "fid": frechet_distance(judge, images, exam.reference),
+        "samples": len(exam.prompts),
+        "seed": exam.seed,
+    }
+
+
 def examine(
     sampler: Sampler, backbone: Backbone, exam: Exam, batch: int = 64, advance: Callable[[int], None] | None = None
 ) -> tuple[dict[str, Any], Tensor]:
     """Figures of one sampler, and its images (N, 3, H, W), one a caption."""
-    judge = load_judge()
     seeds = [exam.seed * 1_000_000 + index for index in range(len(exam.prompts))]
     drawn = sample_many(sampler, backbone, exam.conditioning, exam.unconditional, seeds, batch, advance=advance)
     picked = [index for index in range(min(DIVERSITY_CAPTIONS, len(exam.prompts))) for _ in range(DIVERSITY_SEEDS)]
@@ -77,11 +93,8 @@ def examine(
         "nfe": sampler.nfe,
         "seconds_per_image": drawn.seconds_per_image,
         "decode_seconds_per_image": drawn.decode_seconds_per_image,
-        **prompt_accuracy(judge, drawn.images, exam.scenes),
-        "fid": frechet_distance(judge, drawn.images, exam.reference),
-        "diversity": diversity(judge, varied.images.unflatten(0, (-1, DIVERSITY_SEEDS))),
-        "samples": len(exam.prompts),
-        "seed": exam.seed,
+        **measure(drawn.images, exam),
+        "diversity": diversity(load_judge(), enlarge(varied.images, exam).unflatten(0, (-1, DIVERSITY_SEEDS))),
     }
     return figures, drawn.images
 

@@ -25,11 +25,11 @@ class Discriminator(nn.Sequential):
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """softplus(-real) + softplus(fake), mean over the batch of logits (B,)."""
-    # DMD2 Eq. 3, non-saturating
+    # DMD2 section 4.3, non-saturating
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def generator_loss(fake: Tensor) -> Tensor:
     """softplus(-fake), mean over the batch of logits (B,): the student wants to be taken for real."""
-    # DMD2 Eq. 3, non-saturating
+    # DMD2 section 4.3, non-saturating
     return F.softplus(-fake).mean()

@@ -77,7 +77,7 @@ def normalised_matching_loss(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Te
 
     Its gradient is g / w, divided by the elements of a sample.
     """
-    # DMD2 Eq. 1, in the released code's form
+    # DMD2 Eq. 1 (as released)
     direction, distance = matching_direction(x0, fake_x0, real_x0)
     target = (x0 - direction / spread(distance, x0)).detach()
     return 0.5 * (x0 - target).float().flatten(1).square().mean(1)
@@ -85,14 +85,14 @@ def normalised_matching_loss(x0: Tensor, fake_x0: Tensor, real_x0: Tensor) -> Te
 
 def trajectory_matching_loss(x0: Tensor, fake_x0: Tensor, real_x0: Tensor, constant: float = 1e-3) -> Tensor:
     """TDM's student loss per sample: elementwise Pseudo-Huber distance to sg(x0 - g), mean, divided by w."""
-    # TDM released code
+    # TDM student loss (as released)
     direction, distance = matching_direction(x0, fake_x0, real_x0)
     difference = (x0 - (x0 - direction).detach()).float()
     return ((difference.square() + constant**2).sqrt() - constant).flatten(1).mean(1) / distance
 
 
 def importance_weight(mixed: Tensor, fresh: Tensor) -> Tensor:
-    """TDM's weight per sample: exp(-½ mean eps_mix²) / exp(-½ mean xi²).
+    """The TDM importance weight per sample: exp(-½ mean eps_mix²) / exp(-½ mean xi²).
 
     The density of the noise that a state really holds, partly the student's own prediction, over that of fresh noise.
 

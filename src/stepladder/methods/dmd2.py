@@ -23,9 +23,7 @@ class DMD2Config(MethodConfig):
     name: Literal["dmd2"] = "dmd2"
     guidance_scale: float = Field(8.0, ge=1, description="classifier-free guidance on the real score")
     fake_updates: int = Field(5, ge=1, description="fake-score updates for each student update")
-    timesteps: tuple[float, float] = Field(
-        (20.0, 980.0), description="the student's samples are renoised uniformly in this interval"
-    )
+    timesteps: tuple[float, float] = Field((20.0, 980.0), description="the student's samples are renoised uniformly in between")
     resample: ResampleMode = Field("bilinear", description="kernel of U, on ladders of several rungs")
 
 
@@ -45,7 +43,8 @@ class DMD2(Method):
         """DMD2 section 4.5: a step drawn for the batch, reached by the student's own sampling, renoised uniformly."""
         index = drawn(len(self.ladder.steps), generator)
         prediction = self.predict_at(roles, batch.conditioning, index, generator)
-        timestep = uniform(*self.config.timesteps, len(batch.conditioning), generator, prediction.x0)
+        low, high = self.config.timesteps
+        timestep = uniform(low, high, len(batch.conditioning), generator, prediction.x0)
         step = self.ladder.steps[index]
         x = renoise(self.process, prediction, timestep, step.size, 0.0, generator)
         return Sample(prediction.x0, x, timestep, step.stage, batch.conditioning)

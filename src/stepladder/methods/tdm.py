@@ -58,7 +58,7 @@ class TDM(Method):
         return Sample(prediction.x0, x, timestep, step.stage, batch.conditioning, weight)
 
     def kept_share(self, step: Step, timestep: Tensor) -> Tensor:
-        """TDM's mix: (alpha_t sigma_s / alpha_s) / sigma_t with s the end of the step's segment, (B,)."""
+        """The TDM renoise: mix = (alpha_t sigma_s / alpha_s) / sigma_t with s the end of the step's segment, (B,)."""
         end = torch.tensor(step.end, device=timestep.device)
         kept = self.process.alpha(timestep) * self.process.sigma(end) / self.process.alpha(end)
         return (kept / self.process.sigma(timestep)).clamp(max=1.0)

@@ -155,7 +155,8 @@ class Recipe(Part):
 
     def identity(self) -> str:
         """A hash of what a checkpoint depends on: everything but learning rates, how long to train and what to write when."""
-        content = self.model_dump(mode="json")
+        # prompts and images are known by their digests, wherever they lie
+        content = self.model_dump(mode="json", exclude={"data": {"prompts", "images"}})
         for free in FREE_KEYS:
             content["training"].pop(free)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class Run:
         assert self.images is not None
         full = self.images.load(rows, self.backbone.pixel_size(self.ladder.size)).to(self.device)
 
-        @lru_cache(maxsize=None)
+        @cache
         def at(size: tuple[int, ...]) -> Tensor:
             return self.backbone.encode_images(shrink(full, self.backbone.pixel_size(size)))
 

@@ -1,0 +1,297 @@
+"""Trains, samples and measures a study's rows, seed by seed, and keeps what is done."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from stepladder.backbones.base import Backbone
+from stepladder.conditioning import Conditioning
+from stepladder.distillation import BUNDLED_STEPS, load_model
+from stepladder.evaluation.world import Exam, examine, measure, set_exam
+from stepladder.images import grid, save_image
+from stepladder.ladder import Ladder, full_resolution
+from stepladder.precision import autocast, describe, synchronize
+from stepladder.prediction import Prediction
+from stepladder.progress import console
+from stepladder.renoise import combine, gaussian
+from stepladder.reproduction.studies import Claim, Row, Study
+from stepladder.resample import resize, shrink
+from stepladder.roles import STUDENT, Role, load_parameters
+from stepladder.samplers import Sampler, sample
+from stepladder.sampling import cascade
+from stepladder.storage import write_text
+from stepladder.synthesis import Synthesis, synthesize
+from stepladder.training.recipe import Recipe, parse_recipe
+from stepladder.training.trainer import RECIPE_FILE, Run, build_method, checkpoints, latest_state, train
+from stepladder.world.captions import captions
+from stepladder.world.paths import BUNDLED
+from stepladder.world.render import render
+from stepladder.world.scenes import draw_scenes
+
+BASE = BUNDLED.parent / "rmd.yaml"
+PROMPTS, IMAGES = 4000, 1024
+BATCH = 16
+PICTURES = 6
+FIGURES = ("prompt_accuracy", "shape_accuracy", "fid", "diversity")
+LOWER_IS_BETTER = ("fid",)
+
+
+@dataclass
+class Bench:
+    """Where a study works: its folder, its base model, and what is made there once for all rows.
+
+    count: held-out captions a row and seed · updates: instead of the study's own number.
+    """
+
+    folder: Path
+    count: int
+    updates: int | None = None
+    exams: dict[int, Exam] = field(default_factory=dict)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The bundled teacher, with its text encoders and VAE."""
+        return load_model(self.recipe(Row("base"), 0, 1))
+
+    @cached_property
+    def prompts(self) -> Path:
+        """The training captions, as `stepladder demo` draws them."""
+        path = self.folder / "prompts.txt"
+        write_text(path, "\n".join(captions(draw_scenes(PROMPTS, 1), 1)) + "\n")
+        return path
+
+    @cached_property
+    def images(self) -> Path:
+        """The teacher's pictures of the first training captions."""
+        folder, texts = self.folder / "images", self.prompts.read_text(encoding="utf-8").splitlines()[:IMAGES]
+        wanted = Synthesis(BUNDLED_STEPS, 4.0, self.backbone.default_size, shard_size=128)
+        synthesize(self.backbone, texts, folder, wanted, batch=64)
+        return folder
+
+    def exam(self, seed: int) -> Exam:
+        """Held-out captions of a seed; drawn once."""
+        if seed not in self.exams:
+            self.exams[seed] = set_exam(self.backbone, self.count, seed)
+        return self.exams[seed]
+
+    def recipe(self, row: Row, seed: int, updates: int) -> Recipe:
+        """The bundled recipe with a row's changes, a seed, and the size of all rows' training."""
+        tree = yaml.safe_load(BASE.read_text(encoding="utf-8"))
+        for section, change in row.changes.items():
+            tree[section] = dict(change) if section == "method" else {**tree.get(section, {}), **change}
+        wants_images = tree["data"].get("images") is not None
+        tree["data"] = {"images": str(self.images)} if wants_images else {"prompts": str(self.prompts)}
+        size = {"updates": max(1, updates), "batch_size": BATCH, "seed": seed, "sample_every": 0, "checkpoint_every": 50}
+        tree["training"] = {**tree["training"], **size}
+        return parse_recipe(tree)
+
+
+def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
+    """A row's figures with one seed: of its training, of the captions and of all noise."""
+    updates = (bench.updates or study.updates) if row.kind == "student" else 1
+    recipe = bench.recipe(row, seed, updates)
+    key = _key(bench, row, recipe)
+    done = bench.folder / "figures" / f"{key}.json"
+    if done.exists():
+        found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        return found
+    began = time.monotonic()
+    if row.kind == "noised":
+        figures, images = _finish_noised(bench, row, seed)
+    else:
+        role = _train(bench, recipe, key) if row.kind == "student" else _base_role(bench)
+        figures, images = examine(sampler_of(bench, row, recipe, role), bench.backbone, bench.exam(seed))
+    figures |= {"key": key, "seed": seed, "seconds": time.monotonic() - began}
+    save_image(grid(images[:PICTURES], columns=PICTURES), bench.folder / "figures" / f"{key}.png")
+    write_text(done, json.dumps(figures, indent=1))
+    return figures
+
+
+def _key(bench: Bench, row: Row, recipe: Recipe) -> str:
+    words = f"-{row.strategy}{row.timestep:.0f}" if row.kind == "noised" else ""
+    return f"{row.kind}{words}-{recipe.identity()}-{recipe.training.updates}-{bench.count}"
+
+
+def _base_role(bench: Bench) -> Role:
+    return Role(bench.backbone, bench.backbone.network)
+
+
+def _train(bench: Bench, recipe: Recipe, key: str) -> Role:
+    folder = bench.folder / "runs" / key
+    run = Run.start(recipe, load_model(recipe))
+    if checkpoints(folder):
+        run.restore(*latest_state(folder))
+    write_text(folder / RECIPE_FILE, recipe.to_yaml())
+    if run.update < recipe.training.updates:
+        train(run, folder)
+    load_parameters(run.roles, STUDENT, run.average)
+    return run.roles.student
+
+
+def sampler_of(bench: Bench, row: Row, recipe: Recipe, role: Role) -> Sampler:
+    """How a row is sampled: a student unguided, the base network guided."""
+    backbone, ladder = bench.backbone, recipe.ladder.build(bench.backbone)
+    guidance = recipe.method_config().guidance_scale
+    if row.kind == "teacher":
+        return Sampler(role, full_resolution(backbone.teacher_timesteps(BUNDLED_STEPS), ladder.size), guidance)
+    # a head, where a method has one, is made and thrown away: the options do not depend on it
+    options = build_method(recipe, backbone, ladder).sampler_options()
+    return Sampler(role, ladder, guidance if row.kind == "naive" else 1.0, options)
+
+
+def _finish_noised(bench: Bench, row: Row, seed: int) -> tuple[dict[str, Any], Tensor]:
+    """SwD Table 1: real latents noised to a timestep in one of three ways, and drawn on from there by the teacher."""
+    backbone, exam = bench.backbone, bench.exam(seed)
+    pixels = backbone.default_size
+    draw = torch.Generator().manual_seed(seed + 2)
+    renders = render(exam.scenes, (pixels[-2], pixels[-1]), draw)
+    full, half = backbone.latent_size(pixels), backbone.latent_size(tuple(side // 2 for side in pixels))
+    clock = torch.tensor(row.timestep)
+    after = [t for t in backbone.teacher_timesteps(BUNDLED_STEPS) if t < row.timestep]
+    ladder = full_resolution([row.timestep, *after], full)
+    guidance = bench.recipe(row, seed, 1).method_config().guidance_scale
+
+    def state(images: Tensor) -> Tensor:
+        x0 = backbone.encode_images(images if row.strategy == "A" else shrink(images, backbone.pixel_size(half)))
+        if row.strategy == "B":
+            x0 = resize(x0, full, "bicubic")
+        noised = combine(backbone.process, x0, gaussian(tuple(x0.shape), draw, x0), clock)
+        return resize(noised, full, "bicubic")
+
+    teacher, parts = _base_role(bench), []
+    for start in range(0, len(renders), 64):
+        rows = slice(start, start + 64)
+        x = state(renders[rows])
+        conditioning, empty = exam.conditioning.rows(rows), exam.unconditional.expand(len(x))
+        latents = _draw_on(teacher, ladder, guidance, x, conditioning, empty, backbone)
+        parts.append(backbone.decode(latents))
+    images = torch.cat(parts)
+    return {**measure(images, exam), "nfe": 2 * len(ladder.steps)}, images
+
+
+def _draw_on(
+    role: Role, ladder: Ladder, guidance: float, x: Tensor, conditioning: Conditioning, empty: Conditioning, backbone: Backbone
+) -> Tensor:
+    def denoise(state: Tensor, timestep: Tensor) -> Prediction:
+        return role.guided(state, timestep, conditioning, empty, guidance)
+
+    with torch.no_grad(), autocast(x.device, "auto"):
+        return cascade(denoise, backbone.process, ladder, x).float()
+
+
+def seconds_an_image(bench: Bench, study: Study, rounds: int = 3, batch: int = 64) -> dict[str, float]:
+    """Network seconds for an image of each row, by untrained samplers of the same shape; rounds go over all rows in turn.
+
+    So a machine that becomes slower meanwhile slows all rows alike. Median over rounds.
+    """
+    kinds: dict[str, Sampler] = {}
+    for row in study.rows:
+        if row.kind != "noised":
+            kinds[row.name] = sampler_of(bench, row, bench.recipe(row, 0, 1), _base_role(bench))
+    exam = bench.exam(0)
+    conditioning = exam.conditioning.rows([index % len(exam.prompts) for index in range(batch)])
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds):
+        known: dict[str, float] = {}
+        for name, sampler in kinds.items():
+            shape = json.dumps([asdict(step) for step in sampler.ladder.steps]) + str(sampler.nfe)
+            if shape not in known:
+                began = time.perf_counter()
+                latents = sample(sampler, bench.backbone, conditioning, exam.unconditional, list(range(batch)))
+                synchronize(latents.device)
+                known[shape] = (time.perf_counter() - began) / batch
+            seconds[name].append(known[shape])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def judge_claim(claim: Claim, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Whether an ordering holds: the mean difference against the spread of the two rows' means over seeds."""
+    better, worse = ([run[claim.figure] for run in rows[name]] for name in (claim.better, claim.worse))
+    sign = -1 if claim.figure in LOWER_IS_BETTER else 1
+    difference = sign * (statistics.mean(better) - statistics.mean(worse))
+    spread = sum(statistics.variance(values) / len(values) for values in (better, worse)) ** 0.5 if len(better) > 1 else 0.0
+    verdict = "holds" if difference > 2 * spread else "does not hold" if difference < -2 * spread else "not told apart"
+    return {**asdict(claim), "difference": difference, "standard_error": spread, "verdict": verdict}
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and sample deviation over seeds of each figure."""
+    found = {name: [run[name] for run in runs] for name in FIGURES if runs and all(name in run for run in runs)}
+    return {
+        name: {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0}
+        for name, values in found.items()
+    }
+
+
+def reproduce(
+    name: str,
+    study: Study,
+    bench: Bench,
+    seeds: Sequence[int],
+    out: Path,
+    command: str,
+    tell: Callable[[str], None] = console.print,
+) -> dict[str, Any]:
+    """Run what is missing of a study and write `out/name.json`, again after every row, so that nothing done is lost.
+
+    Figures that the file holds already for the very same recipe, seed and captions are taken from it.
+    """
+    path = out / f"{name}.json"
+    _adopt(bench, path)
+    rows: dict[str, list[dict[str, Any]]] = {row.name: [] for row in study.rows}
+    for seed in seeds:
+        for row in study.rows:
+            figures = run_row(bench, study, row, seed)
+            rows[row.name].append(figures)
+            shown = " ".join(f"{key} {figures[key]:.3f}" for key in ("prompt_accuracy", "fid"))
+            tell(f"{name}, seed {seed}: {row.name}: {shown} ({figures['seconds']:.0f} s)")
+            write_text(path, json.dumps(_result(name, study, rows, seeds, bench, command), indent=1) + "\n")
+    result = _result(name, study, rows, seeds, bench, command)
+    times = seconds_an_image(bench, study)
+    for entry in result["rows"]:
+        entry["seconds_an_image"] = times.get(entry["name"])
+    result["claims"] = [judge_claim(claim, rows) for claim in study.claims]
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _result(
+    name: str, study: Study, rows: dict[str, list[dict[str, Any]]], seeds: Sequence[int], bench: Bench, command: str
+) -> dict[str, Any]:
+    done = [run for runs in rows.values() for run in runs]
+    return {
+        "study": name,
+        "title": study.title,
+        "source": study.source,
+        "note": study.note,
+        "command": command,
+        "machine": describe(torch.device("cpu")),
+        "seeds": list(seeds),
+        "captions_a_seed": bench.count,
+        "updates": bench.updates or study.updates,
+        "batch_size": BATCH,
+        "seconds": sum(run["seconds"] for run in done),
+        "rows": [{"name": name, **summary(runs), "runs": runs} for name, runs in rows.items()],
+        "claims": [],
+    }
+
+
+def _adopt(bench: Bench, path: Path) -> None:
+    """Let a study's earlier file stand for the work folder it was made in."""
+    if path.exists():
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            for run in row["runs"]:
+                target = bench.folder / "figures" / f"{run['key']}.json"
+                if not target.exists():
+                    write_text(target, json.dumps(run, indent=1))

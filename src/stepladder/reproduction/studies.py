@@ -1,0 +1,227 @@
+"""The studies: rows are recipes that differ from the bundled one in what is said here, and in nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Overrides = Mapping[str, Any]
+
+FULL = {"sizes": [[128, 128]], "thresholds": []}
+THREE = [[32, 32], [64, 64], [128, 128]]
+# SwD's four steps on the bundled sizes: a size a step, and more noise at the end than an even spacing has
+SCALES = [[64, 64], [80, 80], [96, 96], [128, 128]]
+SWD_TIMESTEPS = [1000.0, 896.0, 737.0, 602.0]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: sections of the bundled recipe, changed.
+
+    kind: `student` trains the recipe; `naive` runs the base network, guided, through the recipe's ladder; `teacher` is the
+    base network at full length; `noised` lets the teacher finish real images noised as `strategy` says.
+    """
+
+    name: str
+    changes: Overrides = field(default_factory=dict)
+    kind: Literal["student", "naive", "teacher", "noised"] = "student"
+    strategy: str = ""
+    timestep: float = 0.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An ordering the paper shows: `better` beats `worse` in a figure (higher is better but for FID)."""
+
+    better: str
+    worse: str
+    figure: str = "prompt_accuracy"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table: its rows, the orderings it should show, how many updates each row gets and what to know when reading it."""
+
+    title: str
+    source: str
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...]
+    updates: int
+    note: str = ""
+
+
+def method(name: str, **settings: Any) -> dict[str, Any]:
+    """A method section with the bundled teacher's guidance."""
+    return {"method": {"name": name, "guidance_scale": 4.0, **settings}}
+
+
+def rmd(**settings: Any) -> dict[str, Any]:
+    """RMD as the bundled recipe has it, with some settings changed."""
+    return method("rmd", **{"alpha": 0.2, "inference_alpha": 0.2, "warmup_steps": 30, **settings})
+
+
+def full(name: str, **settings: Any) -> dict[str, Any]:
+    """A method at full resolution, in four steps spaced as the bundled teacher's."""
+    return {**method(name, **settings), "ladder": {**FULL, "spacing": 3.0}}
+
+
+def swd(scales: list[list[int]] = SCALES, allocation: tuple[int, ...] = (1, 1, 1, 1), **settings: Any) -> dict[str, Any]:
+    """SwD on its own timesteps, on teacher-made images."""
+    ladder = {"sizes": scales, "timesteps": SWD_TIMESTEPS, "allocation": list(allocation), "thresholds": [], "shift": "none"}
+    return {**method("swd", **settings), "ladder": ladder, "data": {"prompts": None, "images": "images"}}
+
+
+TEACHER = Row("teacher, 28 steps, guided", kind="teacher")
+NAIVE = Row("naive cascade 2+2", kind="naive")
+RMD = Row("RMD 2+2", rmd())
+DMD2 = Row("DMD2, 4 steps", full("dmd2"))
+TDM = Row("TDM, 4 steps", full("tdm"))
+SWD = Row("SwD, 4 scales", swd())
+
+
+def _mixing() -> tuple[Row, ...]:
+    rows = []
+    for alpha in (0.0, 0.2, 0.5, 1.0):
+        rows.append(Row(f"alpha {alpha:g}", rmd(alpha=alpha)))
+        # without predicted noise there is no variance to undo: that row is the one above
+        if alpha:
+            rows.append(Row(f"alpha {alpha:g}, variance kept", rmd(alpha=alpha, preserve_variance=True)))
+    return tuple(rows)
+
+
+def _divided(sizes: list[list[int]], thresholds: list[float], **settings: Any) -> dict[str, Any]:
+    return {**rmd(**settings), "ladder": {"sizes": sizes, "thresholds": thresholds}}
+
+
+TWO = [[64, 64], [128, 128]]
+SMALL = {"sizes": [[64, 64]], "thresholds": []}
+ONE_RUNG = Row("0+4, one rung", {**rmd(), "ladder": FULL})
+THREE_RUNGS = {
+    "1+1+2": Row("32 → 64 → 128 px, 1+1+2", _divided(THREE, [-6.0, -3.5])),
+    "1+2+1": Row("32 → 64 → 128 px, 1+2+1", _divided(THREE, [-6.0, -2.5])),
+    "2+1+1": Row("32 → 64 → 128 px, 2+1+1", _divided(THREE, [-3.5, -2.5])),
+}
+NOISED = tuple(
+    Row(f"{letter}, t = {timestep}: {words}", kind="noised", strategy=letter, timestep=timestep)
+    for timestep in (400, 600, 800)
+    for letter, words in (("A", "noise"), ("B", "shrink, enlarge, noise"), ("C", "shrink, noise, enlarge"))
+)
+
+
+def _better(row: str, others: Sequence[str], *figures: str) -> tuple[Claim, ...]:
+    return tuple(Claim(row, other, figure) for other in others for figure in figures or ("prompt_accuracy", "fid"))
+
+
+STUDIES = {
+    "methods": Study(
+        "Methods side by side",
+        "RMD Table 1",
+        (TEACHER, NAIVE, DMD2, TDM, SWD, RMD),
+        _better(RMD.name, (DMD2.name, TDM.name, NAIVE.name)),
+        160,
+        "DMD2 and TDM take four steps at full size, with the teacher's own spacing, where TDM learns better on training captions; "
+        "RMD's spacing was chosen on them too. All rows train for the same number of student updates; DMD2 and SwD make five "
+        "fake-score updates for each. SwD alone sees images: 1,024 of the teacher's.",
+    ),
+    "components": Study(
+        "What matching and upsampling each bring",
+        "RMD Table 3",
+        (
+            Row("64 px, neither", {"ladder": SMALL}, "naive"),
+            Row("64 px, matching", {**rmd(), "ladder": SMALL}),
+            Row("64 → 128 px, upsampling (naive cascade)", kind="naive"),
+            Row("64 → 128 px, both (RMD 2+2)", rmd()),
+        ),
+        (
+            *_better("64 px, matching", ("64 px, neither",)),
+            *_better(
+                "64 → 128 px, both (RMD 2+2)", ("64 → 128 px, upsampling (naive cascade)", "64 px, matching", "64 px, neither")
+            ),
+        ),
+        100,
+        "Pictures of 64 px are enlarged (bicubic) before they are judged.",
+    ),
+    "mixing": Study(
+        "How much predicted noise to mix in while training",
+        "RMD Figure 8",
+        _mixing(),
+        _better("alpha 0.2", ("alpha 0", "alpha 0.5", "alpha 1")),
+        100,
+        "Alpha of the loss (Eq. 10); the sampler mixes 0.2 in every row. With alpha 0 there is no predicted noise whose variance "
+        "could be kept.",
+    ),
+    "allocation": Study(
+        "How many steps to take small",
+        "RMD Table 4",
+        (
+            ONE_RUNG,
+            Row("1+3", _divided(TWO, [-6.0])),
+            Row("2+2", rmd()),
+            Row("3+1", _divided(TWO, [-2.5])),
+        ),
+        (*_better("2+2", ("3+1", ONE_RUNG.name)), *_better("1+3", ("3+1",))),
+        100,
+    ),
+    "stages": Study(
+        "Three resolutions",
+        "RMD Table 5",
+        (ONE_RUNG, NAIVE, RMD, *THREE_RUNGS.values()),
+        (
+            *_better(RMD.name, (NAIVE.name, ONE_RUNG.name)),
+            *_better(RMD.name, [row.name for row in THREE_RUNGS.values()], "prompt_accuracy"),
+            *_better(THREE_RUNGS["1+1+2"].name, (THREE_RUNGS["2+1+1"].name,), "prompt_accuracy"),
+        ),
+        100,
+    ),
+    "shift": Study(
+        "How a low rung's timestep is shifted",
+        "RMD Eq. 2 and Table 6",
+        (
+            Row("Table 6", rmd()),
+            Row("Eq. 2 as printed", {"ladder": {"shift": "printed"}}),
+            Row("none", {"ladder": {"shift": "none"}}),
+        ),
+        _better("Table 6", ("Eq. 2 as printed", "none")),
+        100,
+    ),
+    "mmd": Study(
+        "What the MMD term brings",
+        "SwD Table 6",
+        (
+            Row("full", swd()),
+            Row("MMD alone", swd(matching_weight=0.0, gan=None)),
+            Row("without MMD", swd(mmd=None)),
+            Row("RBF kernel", swd(mmd={"kernel": "rbf"})),
+            Row("averaged over the batch", swd(mmd={"pool": "batch"})),
+            Row("features without noise", swd(mmd={"timesteps": [0.0, 0.0]})),
+        ),
+        _better("full", ("MMD alone", "without MMD", "averaged over the batch", "features without noise")),
+        40,
+    ),
+    "scales": Study(
+        "Growing against constant scales",
+        "SwD Table 9",
+        (
+            Row("64, 80, 96, 128", swd()),
+            Row("96, 96, 96, 128", swd([[96, 96], [128, 128]], (3, 1))),
+            Row("64, 64, 64, 128", swd([[64, 64], [128, 128]], (3, 1))),
+        ),
+        _better("64, 80, 96, 128", ("96, 96, 96, 128", "64, 64, 64, 128")),
+        40,
+    ),
+    "upscaling": Study(
+        "Enlarge the picture and then add noise, or the other way round",
+        "SwD Table 1",
+        NOISED,
+        tuple(
+            claim
+            for timestep in (400, 600, 800)
+            for claim in _better(
+                f"B, t = {timestep}: shrink, enlarge, noise", (f"C, t = {timestep}: shrink, noise, enlarge",), "fid"
+            )
+        ),
+        0,
+        "Renders of held-out captions, noised to t; the teacher draws on from there.",
+    ),
+}

@@ -1,0 +1,131 @@
+"""`stepladder reproduce`: tables that resume, claims that are judged, rows that are what they say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from stepladder.cli.main import _register, app
+from stepladder.errors import UserError
+from stepladder.methods import methods
+from stepladder.reproduction.runner import Bench, judge_claim, reproduce, run_row, sampler_of, summary
+from stepladder.reproduction.studies import STUDIES, TEACHER, Claim, Row, Study, rmd, swd
+
+ROWS = [(name, row) for name, study in STUDIES.items() for row in study.rows]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("work"), count=16, updates=1)
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_claims_name_rows_of_their_study(name):
+    study = STUDIES[name]
+    names = [row.name for row in study.rows]
+    assert len(set(names)) == len(names)
+    assert all({claim.better, claim.worse} <= set(names) for claim in study.claims)
+    assert study.claims
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS, ids=[f"{name}-{row.name}" for name, row in ROWS])
+def test_every_row_is_a_valid_recipe_with_a_ladder(name, row, tmp_path):
+    bench = Bench(tmp_path, 16)
+    # the teacher's pictures are not drawn for this
+    vars(bench)["images"] = tmp_path
+    recipe = bench.recipe(row, 0, STUDIES[name].updates)
+    ladder = recipe.ladder.build(bench.backbone)
+    if row.kind == "student":
+        assert len(ladder.steps) == 4
+        assert recipe.method["guidance_scale"] == 4.0
+
+
+def test_rows_that_name_an_allocation_have_it(bench):
+    for name, study in STUDIES.items():
+        for row in study.rows:
+            said = row.name.rsplit(" ", 1)[-1].rstrip(")")
+            if row.kind == "student" and "+" in said and not said.startswith("0"):
+                vars(bench)["images"] = bench.folder
+                assert bench.recipe(row, 0, 1).ladder.build(bench.backbone).allocation() == said, (name, row.name)
+    vars(bench).pop("images", None)
+
+
+def test_all_methods_are_compared():
+    compared = {row.changes["method"]["name"] for row in STUDIES["methods"].rows if "method" in row.changes}
+    assert compared == set(methods())
+
+
+def test_the_teacher_is_guided_at_full_length_and_students_are_not(bench):
+    teacher = sampler_of(bench, TEACHER, bench.recipe(TEACHER, 0, 1), None)
+    assert len(teacher.ladder.steps) == 28
+    assert teacher.guidance_scale == 4.0
+    row = Row("x", rmd())
+    assert sampler_of(bench, row, bench.recipe(row, 0, 1), None).guidance_scale == 1.0
+    row = Row("x", rmd(), "naive")
+    assert sampler_of(bench, row, bench.recipe(row, 0, 1), None).guidance_scale == 4.0
+
+
+def runs(*values):
+    return [{"prompt_accuracy": value, "fid": 1 - value} for value in values]
+
+
+def test_claims_are_judged_by_twice_the_standard_error():
+    rows = {"a": runs(0.90, 0.91, 0.92), "b": runs(0.80, 0.81, 0.82), "c": runs(0.85, 0.91, 0.94)}
+    assert judge_claim(Claim("a", "b"), rows)["verdict"] == "holds"
+    assert judge_claim(Claim("b", "a"), rows)["verdict"] == "does not hold"
+    assert judge_claim(Claim("a", "c"), rows)["verdict"] == "not told apart"
+    assert judge_claim(Claim("a", "b", "fid"), rows)["verdict"] == "holds"
+    judged = judge_claim(Claim("a", "b"), rows)
+    assert judged["difference"] == pytest.approx(0.1)
+    assert judged["standard_error"] == pytest.approx((2 * 0.0001 / 3) ** 0.5)
+    assert summary(rows["a"])["prompt_accuracy"] == {"mean": pytest.approx(0.91), "spread": pytest.approx(0.01)}
+
+
+def test_a_table_resumes_from_its_file_without_the_work_folder(bench, tmp_path):
+    study = Study("t", "s", (Row("naive", kind="naive"), Row("rmd", rmd())), (Claim("rmd", "naive"),), 1)
+    told = []
+    first = reproduce("t", study, bench, [0, 1], tmp_path, "cmd", told.append)
+    assert len(told) == 4
+    assert first["claims"][0]["verdict"]
+    assert all(row["seconds_an_image"] > 0 for row in first["rows"])
+    elsewhere = Bench(bench.folder / "elsewhere", 16, 1)
+    vars(elsewhere)["backbone"] = bench.backbone
+    again = reproduce("t", study, elsewhere, [0, 1], tmp_path, "cmd", told.append)
+    assert not (elsewhere.folder / "runs").exists()
+    assert [row["runs"] for row in again["rows"]] == [row["runs"] for row in first["rows"]]
+
+
+def test_noised_images_are_finished_by_the_teacher(bench):
+    study = STUDIES["upscaling"]
+    figures = run_row(bench, study, study.rows[0], 0)
+    assert 0 <= figures["prompt_accuracy"] <= 1
+    assert figures["nfe"] < 56
+
+
+def test_the_command_draws_a_page(tmp_path, monkeypatch):
+    small = Study("Title", "RMD", (Row("naive", kind="naive"), Row("swd", swd())), (Claim("swd", "naive"),), 1)
+    monkeypatch.setitem(STUDIES, "small", small)
+    monkeypatch.setattr("stepladder.reproduction.runner.IMAGES", 4)
+    monkeypatch.setattr("stepladder.reproduction.runner.BUNDLED_STEPS", 2)
+    _register()
+    options = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--seeds", "0,1", "--count", "16"]
+    result = CliRunner().invoke(app, ["reproduce", "small", *options])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "out" / "small.html").read_text()
+    assert page.count("data:image/png") == 2
+    assert "±" in page
+    assert len(json.loads((tmp_path / "out" / "small.json").read_text())["rows"][1]["runs"]) == 2
+
+
+def test_wrong_names_and_seeds_are_named():
+    _register()
+    for arguments, words in (
+        (["nothing"], "choose one of"),
+        (["shift", "--seeds", "1,a"], "whole numbers"),
+        (["shift", "--seeds", "1,1"], "twice"),
+    ):
+        result = CliRunner().invoke(app, ["reproduce", *arguments])
+        assert isinstance(result.exception, UserError)
+        assert words in str(result.exception)
