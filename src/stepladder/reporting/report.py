@@ -20,7 +20,7 @@ from stepladder.reporting.charts import line_chart
 from stepladder.samplers import sample
 from stepladder.storage import write_text
 
-LABELS = {"teacher": "Teacher", "naive": "Naive cascade"}
+LABELS = {"teacher": "Teacher", "naive": "Naive cascade", "swd": "SwD"}
 ROWS, STRIPS = 8, 2
 CURVES = {
     "student_loss": "student loss (Eq. 8)",
