@@ -68,7 +68,7 @@ def some_shards(backbone: Backbone, folder: Path, count: int = 3) -> Path:
     for index in range(count):
         content = {"txt": f"a thing number {index}".encode()}
         if len(backbone.default_size) == 3:
-            save_video(torch.rand(3, 5, 32, 32, generator=draw) * 2 - 1, folder / "one.mp4")
+            save_video(torch.rand(3, 9, 32, 32, generator=draw) * 2 - 1, folder / "one.mp4")
             content["mp4"] = (folder / "one.mp4").read_bytes()
         else:
             content["png"] = png_bytes(torch.rand(3, 32, 32, generator=draw) * 2 - 1)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import recipe_for
+from conftest import method_recipe
 from stepladder.backbones import backbones, load_backbone
 from stepladder.backbones.sd3 import SD3
 from stepladder.distillation import export_run
@@ -36,13 +36,18 @@ from stepladder.scheduler import LadderScheduler
 from stepladder.training.trainer import Run, train_update
 
 
-def distilled(folder, name):
+def distilled(folder, name, method="rmd"):
     """A tiny pipeline on disk, and a LoRA student of it after a few large updates: run, model folder, student folder."""
     backbone, model = backbones()[name].tiny(), folder / "model"
     backbone.pipeline.save_pretrained(str(model))
-    recipe = recipe_for(backbone, folder, student_learning_rate=2e-2)
-    recipe.method["inference_alpha"] = 0.5
+    recipe = method_recipe(method, backbone, folder, {"inference_alpha": 0.5} if method == "rmd" else {})
+    recipe.training.student_learning_rate = 2e-2
     recipe.model.path = str(model)
+    if method == "swd":
+        video = len(backbone.default_size) == 3
+        sizes = [(5, 16, 16), (9, 16, 16), (9, 32, 32)] if video else [(16, 16), (24, 24), (32, 32)]
+        recipe.ladder.sizes, recipe.ladder.thresholds = sizes, []
+        recipe.ladder.allocation, recipe.ladder.shift = [1, 1, 2], "none"
     run = Run.start(recipe, load_backbone(model, backbone.max_sequence_length))
     for _ in range(2):
         train_update(run)
@@ -91,8 +96,18 @@ def assert_close_relative(got, expected, tolerance):
 @pytest.mark.parametrize("name", SPATIAL)
 def test_stock_diffusers_draws_the_students_latents(tmp_path, name):
     run, model, folder = distilled(tmp_path, name)
+    draws_the_same(model, folder, "rmd")
+
+
+@pytest.mark.parametrize("method", ["swd", "dmd2"])
+def test_stock_diffusers_draws_students_that_take_fresh_noise_at_every_step(tmp_path, method):
+    _, model, folder = distilled(tmp_path, "sd3", method)
+    draws_the_same(model, folder, method)
+
+
+def draws_the_same(model, folder, method):
     student = load_student(folder, device="cpu")
-    expected = own_latents(student, student.samplers(4)["rmd"], 7)
+    expected = own_latents(student, student.samplers(4)[method], 7)
     naive = own_latents(student, student.samplers(4)["naive"], 7)
     pipe = stock_pipeline(model, folder, student.backbone)
     first = student.backbone.pixel_size(student.ladder.steps[0].size)
@@ -105,11 +120,11 @@ def test_stock_diffusers_draws_the_students_latents(tmp_path, name):
     assert (naive - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", sorted(backbones()))
-def test_the_ladder_pipeline_draws_the_students_picture_and_needs_no_telling(tmp_path, name):
-    _, model, folder = distilled(tmp_path, name)
+@pytest.mark.parametrize(("name", "method"), [*((name, "rmd") for name in sorted(backbones())), ("flux", "swd"), ("wan", "swd")])
+def test_the_ladder_pipeline_draws_the_students_picture_and_needs_no_telling(tmp_path, name, method):
+    _, model, folder = distilled(tmp_path, name, method)
     student = load_student(folder, device="cpu")
-    ours = student.backbone.decode(own_latents(student, student.samplers(4)["rmd"], 7))
+    ours = student.backbone.decode(own_latents(student, student.samplers(4)[method], 7))
     pipe = LadderPipeline.from_pretrained(model, student=folder)
     pipe.set_progress_bar_config(disable=True)
     noise = users_noise(student, 7)

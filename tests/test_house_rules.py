@@ -98,5 +98,10 @@ def test_every_equation_is_where_the_index_says(entry):
 def test_every_equation_in_the_code_is_in_the_index():
     said = set()
     for path in SOURCE.rglob("*.py"):
-        said |= set(re.findall(r"# ((?:RMD|DMD2|TDM|SwD) (?:Eq\. \d+|Algorithm \d|Table \d|student loss|section \d\.\d))", path.read_text(encoding="utf-8")))
+        said |= set(
+            re.findall(
+                r"# ((?:RMD|DMD2|TDM|SwD) (?:Eq\. \d+|Algorithm \d|Table \d|student loss|section \d\.\d))",
+                path.read_text(encoding="utf-8"),
+            )
+        )
     assert said <= {entry[0].strip() for entry in INDEX}

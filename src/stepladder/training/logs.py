@@ -22,6 +22,7 @@ class MetricLog:
             kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= update]
             write_text(self.path, "".join(line + "\n" for line in kept))
         with self._explained():
+            folder.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1)
 
