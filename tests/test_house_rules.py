@@ -100,7 +100,7 @@ def test_every_equation_in_the_code_is_in_the_index():
     for path in SOURCE.rglob("*.py"):
         said |= set(
             re.findall(
-                r"# ((?:RMD|DMD2|TDM|SwD) (?:Eq\. \d+|Algorithm \d|Table \d|student loss|section \d\.\d))",
+                r"# ((?:RMD|DMD2|DMDR|TDM|SwD) (?:Eq\. \d+|Algorithm \d|Table \d|student loss|section \d\.\d))",
                 path.read_text(encoding="utf-8"),
             )
         )

@@ -17,6 +17,7 @@ from stepladder.losses.discrepancy import pooled, squared_mmd
 from stepladder.losses.matching import importance_weight, normalised_matching_loss, trajectory_matching_loss
 from stepladder.methods import methods
 from stepladder.methods.base import Setting
+from stepladder.methods.cold_start import ColdStart, biased
 from stepladder.methods.swd import GRID
 from stepladder.methods.terms import noised_alike
 from stepladder.prediction import Prediction
@@ -389,3 +390,62 @@ def test_stochastic_multistep_is_the_cascade_without_kept_noise(generator):
     for t, x in zip((600.0, 300.0), seen[1:], strict=True):
         expected = combine(FLOW, x0, torch.randn(1, 1, 8, 8, generator=generator), torch.tensor(t))
         torch.testing.assert_close(x, expected)
+
+
+def test_renoise_times_are_biased_to_high_noise_and_become_uniform(generator):
+    cold = ColdStart(updates=100, renoise_bias=3.0)
+    assert [cold.renoise_bias_at(update) for update in (0, 50, 100, 500)] == [3.0, 2.0, 1.0, 1.0]
+    assert ColdStart(updates=100, renoise_bias=3.0, renoise_bias_dynamic=False).renoise_bias_at(500) == 3.0
+    # the mean of density b u^(b - 1) is b / (b + 1)
+    assert biased(3.0, 20000, generator).mean().item() == pytest.approx(0.75, abs=0.01)
+    assert biased(1.0, 20000, generator).mean().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("name", sorted(methods()))
+def test_a_cold_start_biases_every_method_within_its_own_interval(tmp_path, name):
+    cold = {"updates": 10**6, "renoise_bias": 8.0, "real_scale": 0.0}
+    means = []
+    for settings in ({}, {"cold_start": cold}):
+        folder = tmp_path / str(len(means))
+        folder.mkdir()
+        _, samples = rolled_out(name, backbones()["sd3"].tiny(), folder, 16, **settings)
+        means.append(torch.cat([sample.timestep for sample in samples]).mean().item())
+    assert means[1] > means[0] + 30
+
+
+def test_the_leaning_real_score_is_the_base_plus_a_share_of_the_fake_scores_adapter(tmp_path, generator):
+    backbone = backbones()["sd3"].tiny()
+    run = Run.start(method_recipe("dmd2", backbone, tmp_path), backbone)
+    for _ in range(3):
+        train_update(run)
+    x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor(600.0)
+    conditioning = run.batch(0).conditioning
+    with torch.no_grad():
+        teacher, fake = run.roles.teacher(x, t, conditioning).x0, run.roles.fake_score(x, t, conditioning).x0
+        leaning = run.roles.real_score(0.5)(x, t, conditioning).x0
+        assert torch.equal(run.roles.real_score(0.0)(x, t, conditioning).x0, teacher)
+        torch.testing.assert_close(run.roles.real_score(1.0)(x, t, conditioning).x0, fake)
+        # the same network with the adapter's second matrix halved
+        for name, parameter in run.roles.parameters(FAKE_SCORE).items():
+            if "lora_B" in name:
+                parameter.mul_(0.5)
+        torch.testing.assert_close(run.roles.fake_score(x, t, conditioning).x0, leaning)
+    assert not torch.allclose(leaning, teacher)
+    assert not torch.allclose(leaning, fake)
+
+
+def test_dyna_dg_falls_to_the_teacher_and_needs_adapters(tmp_path):
+    cold = ColdStart(updates=10, real_scale=0.4)
+    assert [cold.real_scale_at(update) for update in (0, 5, 10)] == pytest.approx([0.4, 0.2, 0.0])
+    backbone = backbones()["sd3"].tiny()
+    recipe = method_recipe("dmd2", backbone, tmp_path, {"cold_start": {"updates": 1, "real_scale": 0.4}})
+    run = Run.start(recipe, backbone)
+    asked = []
+    inner = run.roles.real_score
+    run.roles.real_score = lambda scale: asked.append(scale) or inner(scale)
+    train_update(run)
+    train_update(run)
+    assert asked == pytest.approx([0.4, 0.0])
+    recipe.roles.mode = "full"
+    with pytest.raises(UserError, match=r"roles\.mode to lora"):
+        train_update(Run.start(recipe, backbones()["sd3"].tiny()))

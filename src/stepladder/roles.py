@@ -75,6 +75,9 @@ class Roles(Protocol):
     fake_score: Role
     teacher: Role
 
+    def real_score(self, scale: float) -> Role:
+        """The teacher, leaning towards the fake score by `scale`: DynaDG of DMDR section 3.3; the teacher itself at 0."""
+
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The trainable parameters of `student` or `fake_score`, by name."""
 
@@ -92,7 +95,7 @@ class AdapterRoles:
         self, backbone: Backbone, rank: int, gradient_checkpointing: bool = False, trained: Sequence[str] = TRAINED
     ) -> None:
         self.network = backbone.network.requires_grad_(False)
-        self.current = ""
+        self.current = ("", 1.0)
         for name in trained:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(backbone.lora_targets))
             # peft's own entrance: not every diffusers network (PixArt's) has `add_adapter`
@@ -111,28 +114,34 @@ class AdapterRoles:
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
 
-    def _entrance(self, name: str) -> Callable[[], None]:
-        return lambda: self._enter(name)
+    def _entrance(self, name: str, scale: float = 1.0) -> Callable[[], None]:
+        return lambda: self._enter(name, scale)
 
-    def _enter(self, name: str) -> None:
-        if name == self.current:
+    def _enter(self, name: str, scale: float = 1.0) -> None:
+        if (name, scale) == self.current:
             return
         for layer in self.layers:
             layer._disable_adapters = name == TEACHER
             layer._active_adapter = [name] if name != TEACHER else [STUDENT]
-        self.current = name
+            if name != TEACHER:
+                layer.scaling[name] = scale
+        self.current = (name, scale)
+
+    def real_score(self, scale: float) -> Role:
+        """The base with the fake score's adapter at a smaller scale: DynaDG of DMDR section 3.3; the teacher itself at 0."""
+        return Role(self.teacher.backbone, self.network, self._entrance(FAKE_SCORE, scale)) if scale else self.teacher
 
     def _checkpoint(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Gradient checkpointing that recomputes with the adapter of the forward, whatever role is current by then."""
-        name = self.current
+        then = self.current
 
         def run(*arguments: Any) -> Any:
             before = self.current
-            self._enter(name)
+            self._enter(*then)
             try:
                 return function(*arguments)
             finally:
-                self._enter(before)
+                self._enter(*before)
 
         return torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False)
 
@@ -155,6 +164,16 @@ class CopyRoles:
         self.student, self.fake_score, self.teacher = (
             Role(backbone, self.networks.get(name, backbone.network)) for name in (STUDENT, FAKE_SCORE, TEACHER)
         )
+
+    def real_score(self, scale: float) -> Role:
+        """The teacher; copies have no adapter to lean with.
+
+        Raises:
+            UserError: `scale` is not 0.
+        """
+        if scale:
+            raise UserError("a real score that leans needs adapters: set roles.mode to lora, or method.cold_start.real_scale to 0")
+        return self.teacher
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """All parameters of the role's own network."""

@@ -15,6 +15,7 @@ from stepladder.conditioning import Conditioning
 from stepladder.errors import UserError
 from stepladder.ladder import Ladder
 from stepladder.losses.adversarial import Discriminator
+from stepladder.methods.cold_start import ColdStart, biased
 from stepladder.methods.terms import GANTerm, MMDTerm, discriminator_term, generator_term, mmd_term
 from stepladder.prediction import Prediction
 from stepladder.processes import Process
@@ -44,6 +45,11 @@ class Batch:
     unconditional: Conditioning
     images: Callable[[tuple[int, ...]], Tensor] | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the batch lies."""
+        return next(iter(self.conditioning.tensors.values())).device
+
     def real(self, size: tuple[int, ...]) -> Tensor:
         """Latents of the batch's images at a latent size."""
         if self.images is None:
@@ -56,7 +62,8 @@ class Sample:
     """What one roll-out yields.
 
     x0: (B, C, …), the student's clean sample, with its graph, at the size it is matched at · x: the same renoised to
-    `timestep`, (B,), with its graph · stage: of the ladder · weight: (B,), importance of each sample to the fake score.
+    `timestep`, (B,), with its graph · stage: of the ladder · update: of the student, at which it was drawn · weight: (B,),
+    importance of each sample to the fake score.
     """
 
     x0: Tensor
@@ -64,6 +71,7 @@ class Sample:
     timestep: Tensor
     stage: int
     conditioning: Conditioning
+    update: int
     weight: Tensor | None = None
 
 
@@ -77,6 +85,7 @@ class MethodConfig(BaseModel):
     matching_weight: float = Field(1.0, ge=0, description="weight of distribution matching; 0 leaves the other terms alone")
     gan: GANTerm | None = Field(None, description="adversarial term on the fake score's features; needs data.images")
     mmd: MMDTerm | None = Field(None, description="MMD term on the frozen teacher's features; needs data.images")
+    cold_start: ColdStart | None = Field(None, description="DMDR's cold start: a real score that leans, biased renoise times")
 
     @model_validator(mode="after")
     def _some_term(self) -> MethodConfig:
@@ -120,8 +129,8 @@ class Method(ABC):
         """How well the fake score knows the student's samples; a scalar."""
 
     @abstractmethod
-    def student_matching(self, roles: Roles, sample: Sample, unconditional: Conditioning) -> Tensor:
-        """What moves the student's distribution towards the teacher's; a scalar."""
+    def student_matching(self, sample: Sample, fake: Prediction, real: Prediction) -> Tensor:
+        """What moves the student's distribution towards the teacher's, from both scores at the renoised sample; a scalar."""
 
     def fake_score_loss(self, roles: Roles, sample: Sample, batch: Batch, generator: torch.Generator) -> Tensor:
         """All that the fake score (and the discriminator's head) learns from."""
@@ -138,7 +147,7 @@ class Method(ABC):
         """All that the student learns from."""
         loss = torch.zeros((), device=sample.x0.device)
         if self.config.matching_weight:
-            loss = self.config.matching_weight * self.student_matching(roles, sample, batch.unconditional)
+            loss = self.config.matching_weight * self.student_matching(sample, *self.scores(roles, sample, batch.unconditional))
         if self.head is not None:
             loss = loss + generator_term(self.config.gan, self.head, roles, self.process, sample.x0, batch.conditioning, generator)
         if self.config.mmd is not None:
@@ -147,12 +156,20 @@ class Method(ABC):
         return loss
 
     def scores(self, roles: Roles, sample: Sample, unconditional: Conditioning) -> tuple[Prediction, Prediction]:
-        """What fake score and guided teacher predict at the renoised sample, without gradient."""
-        x = sample.x.detach()
+        """What fake score and guided real score predict at the renoised sample, without gradient."""
+        x, scale = sample.x.detach(), self.config.guidance_scale
+        cold_start = self.config.cold_start
+        real_score = roles.real_score(cold_start.real_scale_at(sample.update) if cold_start else 0.0)
         with torch.no_grad():
             fake = roles.fake_score(x, sample.timestep, sample.conditioning)
-            real = roles.teacher.guided(x, sample.timestep, sample.conditioning, unconditional, self.config.guidance_scale)
+            real = real_score.guided(x, sample.timestep, sample.conditioning, unconditional, scale)
         return fake, real
+
+    def renoise_times(self, low: float, high: float, update: int, batch: Batch, generator: torch.Generator) -> Tensor:
+        """(B,) timesteps in [low, high]: uniform, or biased to high noise while a cold start says so."""
+        cold_start = self.config.cold_start
+        shares = biased(cold_start.renoise_bias_at(update) if cold_start else 1.0, len(batch.conditioning), generator)
+        return (low + (high - low) * shares).to(batch.device)
 
     def predict_at(self, roles: Roles, conditioning: Conditioning, index: int, generator: torch.Generator) -> Prediction:
         """Backward simulation: the steps before `index` without gradient, as in sampling; then the student with it."""

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepladder.conditioning import Conditioning
 from stepladder.losses.matching import normalised_matching_loss
 from stepladder.methods.base import Batch, Method, MethodConfig, Sample, drawn, uniform
+from stepladder.prediction import Prediction
 from stepladder.processes import TIMESTEPS
 from stepladder.renoise import combine, gaussian, renoise
 from stepladder.resample import ResampleMode
@@ -44,10 +44,10 @@ class DMD2(Method):
         index = drawn(len(self.ladder.steps), generator)
         prediction = self.predict_at(roles, batch.conditioning, index, generator)
         low, high = self.config.timesteps
-        timestep = uniform(low, high, len(batch.conditioning), generator, prediction.x0)
+        timestep = self.renoise_times(low, high, update, batch, generator)
         step = self.ladder.steps[index]
         x = renoise(self.process, prediction, timestep, step.size, 0.0, generator)
-        return Sample(prediction.x0, x, timestep, step.stage, batch.conditioning)
+        return Sample(prediction.x0, x, timestep, step.stage, batch.conditioning, update)
 
     def fake_score_matching(self, roles: Roles, sample: Sample, generator: torch.Generator) -> Tensor:
         """Noise prediction on the student's samples, renoised to any timestep."""
@@ -57,7 +57,6 @@ class DMD2(Method):
         prediction = roles.fake_score(combine(self.process, x0, noise, timestep), timestep, sample.conditioning)
         return (prediction.eps - noise).float().square().mean()
 
-    def student_matching(self, roles: Roles, sample: Sample, unconditional: Conditioning) -> Tensor:
+    def student_matching(self, sample: Sample, fake: Prediction, real: Prediction) -> Tensor:
         """DMD2 Eq. 1, the gradient divided by the teacher's mean distance from the sample."""
-        fake, real = self.scores(roles, sample, unconditional)
         return normalised_matching_loss(sample.x0, fake.x0, real.x0).mean()

@@ -8,10 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepladder.conditioning import Conditioning
 from stepladder.errors import UserError
 from stepladder.losses.matching import HUBER, fake_score_loss, matching_loss
-from stepladder.methods.base import Batch, Method, MethodConfig, Sample, Setting, drawn, uniform
+from stepladder.methods.base import Batch, Method, MethodConfig, Sample, Setting, drawn
 from stepladder.prediction import Prediction
 from stepladder.renoise import renoise
 from stepladder.resample import ResampleMode, resize
@@ -66,16 +65,15 @@ class RMD(Method):
         prediction = self.predict_at(roles, batch.conditioning, index, generator)
         start, end = self.ladder.boundaries[stage], self.ladder.boundaries[stage + 1]
         # RMD Eq. 6
-        timestep = uniform(end, start, len(batch.conditioning), generator, prediction.x0)
-        return self._project(prediction, timestep, stage, batch.conditioning, generator)
+        timestep = self.renoise_times(end, start, update, batch, generator)
+        x = self._project(prediction, timestep, generator)
+        x0 = resize(prediction.x0, self.ladder.size, self.config.resample)
+        return Sample(x0, x, timestep, stage, batch.conditioning, update)
 
-    def _project(
-        self, prediction: Prediction, timestep: Tensor, stage: int, conditioning: Conditioning, generator: torch.Generator
-    ) -> Sample:
+    def _project(self, prediction: Prediction, timestep: Tensor, generator: torch.Generator) -> Tensor:
         config, size = self.config, self.ladder.size
         # RMD Eq. 10
-        x = renoise(self.process, prediction, timestep, size, config.alpha, generator, config.resample, config.preserve_variance)
-        return Sample(resize(prediction.x0, size, config.resample), x, timestep, stage, conditioning)
+        return renoise(self.process, prediction, timestep, size, config.alpha, generator, config.resample, config.preserve_variance)
 
     def fake_score_matching(self, roles: Roles, sample: Sample, generator: torch.Generator) -> Tensor:
         """RMD Eq. 9, mean over the batch: the fake score learns where the student's samples are."""
@@ -83,9 +81,8 @@ class RMD(Method):
         logsnr = self.process.logsnr(sample.timestep)
         return fake_score_loss(prediction.x0, sample.x0, logsnr, self.config.snr_cap).mean()
 
-    def student_matching(self, roles: Roles, sample: Sample, unconditional: Conditioning) -> Tensor:
+    def student_matching(self, sample: Sample, fake: Prediction, real: Prediction) -> Tensor:
         """RMD Eq. 8, mean over the batch: the student moves from the fake score towards the guided teacher."""
-        fake, real = self.scores(roles, sample, unconditional)
         weights = self.config.stage_weights
         weight = weights[sample.stage] if weights else 1.0
         return weight * matching_loss(sample.x, fake.eps, real.eps, self.config.huber).mean()

@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepladder.conditioning import Conditioning
 from stepladder.ladder import spaced_timesteps
 from stepladder.losses.matching import normalised_matching_loss
 from stepladder.methods.base import Batch, Method, MethodConfig, Sample, drawn
@@ -59,22 +58,22 @@ class SwD(Method):
         image = Prediction(low, torch.zeros_like(low))
         state = renoise(self.process, image, clock, step.size, 0.0, generator, self.config.resample)
         prediction = roles.student(state, clock, batch.conditioning)
-        x, timestep = self._renoised(prediction.x0, self.config.first_renoise, generator)
-        return Sample(prediction.x0, x, timestep, step.stage, batch.conditioning)
+        # times are drawn as places of the grid, which falls: high noise is where the place is low
+        places = self.renoise_times(len(GRID), self.config.first_renoise, update, batch, generator)
+        x, timestep = self._renoised(prediction.x0, places.cpu().long().clamp(max=len(GRID) - 1), generator)
+        return Sample(prediction.x0, x, timestep, step.stage, batch.conditioning, update)
 
-    def _renoised(self, x0: Tensor, first: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        places = torch.randint(first, len(GRID), (len(x0),), generator=generator)
+    def _renoised(self, x0: Tensor, places: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         timestep = torch.tensor(GRID)[places].to(x0.device)
         return combine(self.process, x0, gaussian(tuple(x0.shape), generator, x0), timestep), timestep
 
     def fake_score_matching(self, roles: Roles, sample: Sample, generator: torch.Generator) -> Tensor:
         """Regression of x0 on the student's samples, renoised to any timestep of the grid."""
         x0 = sample.x0.detach()
-        x, timestep = self._renoised(x0, 0, generator)
+        x, timestep = self._renoised(x0, torch.randint(len(GRID), (len(x0),), generator=generator), generator)
         prediction = roles.fake_score(x, timestep, sample.conditioning)
         return (prediction.x0 - x0).float().square().mean()
 
-    def student_matching(self, roles: Roles, sample: Sample, unconditional: Conditioning) -> Tensor:
+    def student_matching(self, sample: Sample, fake: Prediction, real: Prediction) -> Tensor:
         """SwD's L_DMD: the gradient of DMD2 Eq. 1, divided by the teacher's mean distance from the sample."""
-        fake, real = self.scores(roles, sample, unconditional)
         return normalised_matching_loss(sample.x0, fake.x0, real.x0).mean()

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepladder.conditioning import Conditioning
 from stepladder.ladder import Step
 from stepladder.losses.matching import fake_score_loss, importance_weight, trajectory_matching_loss
-from stepladder.methods.base import Batch, Method, MethodConfig, Sample, drawn, uniform
+from stepladder.methods.base import Batch, Method, MethodConfig, Sample, drawn
+from stepladder.prediction import Prediction
 from stepladder.renoise import combine, mixed_noise
 from stepladder.resample import ResampleMode
 from stepladder.roles import Roles
@@ -51,11 +51,11 @@ class TDM(Method):
         step = self.ladder.steps[index]
         prediction = self.predict_at(roles, batch.conditioning, index, generator)
         low = max(step.end, ABOVE_IMAGE)
-        timestep = uniform(low, max(low, step.timestep - BELOW_START), len(batch.conditioning), generator, prediction.x0)
+        timestep = self.renoise_times(low, max(low, step.timestep - BELOW_START), update, batch, generator)
         mixed, fresh = mixed_noise(prediction.eps, step.size, self.kept_share(step, timestep), generator)
         weight = importance_weight(mixed.detach(), fresh)
         x = combine(self.process, prediction.x0, mixed, timestep)
-        return Sample(prediction.x0, x, timestep, step.stage, batch.conditioning, weight)
+        return Sample(prediction.x0, x, timestep, step.stage, batch.conditioning, update, weight)
 
     def kept_share(self, step: Step, timestep: Tensor) -> Tensor:
         """The TDM renoise: mix = (alpha_t sigma_s / alpha_s) / sigma_t with s the end of the step's segment, (B,)."""
@@ -70,7 +70,6 @@ class TDM(Method):
         losses = fake_score_loss(prediction.x0, sample.x0, logsnr, self.config.snr_cap)
         return (losses if sample.weight is None else sample.weight * losses).mean()
 
-    def student_matching(self, roles: Roles, sample: Sample, unconditional: Conditioning) -> Tensor:
+    def student_matching(self, sample: Sample, fake: Prediction, real: Prediction) -> Tensor:
         """Elementwise Pseudo-Huber towards the guided teacher, divided by its mean distance."""
-        fake, real = self.scores(roles, sample, unconditional)
         return trajectory_matching_loss(sample.x0, fake.x0, real.x0, self.config.huber).mean()
