@@ -58,12 +58,13 @@ def test_the_safe_scale_by_hand():
 
 def test_proposed_sizes_grow_divide_and_end_at_the_full_size():
     frequencies = tuple(index / 32 for index in range(17))
-    falling = Spectrum(frequencies, tuple(1 / (1 + (40 * f) ** 3) for f in frequencies))
+    falling = Spectrum(frequencies, tuple(30 / (1 + (40 * f) ** 3) for f in frequencies))
     steps = propose(falling, falling, FLOW, (1000.0, 900.0, 700.0, 400.0, 100.0), (9, 32, 48), 2)
     sizes = [step.size for step in steps]
     assert sizes[-1] == (9, 32, 48)
     assert all(all(b >= a for a, b in zip(x, y, strict=True)) for x, y in zip(sizes, sizes[1:], strict=False))
     assert len(set(sizes)) >= 3
+    assert sizes[0] == (3, 8, 12)
     assert all(height % 2 == 0 and width % 2 == 0 and height * 48 == width * 32 for _, height, width in sizes)
 
 

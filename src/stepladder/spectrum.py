@@ -12,6 +12,8 @@ from torch import Tensor
 from stepladder.processes import Process
 
 MASKED = 0.1
+# no published ladder starts below a quarter of the full side (SwD appendix D)
+LEAST = 0.25
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def propose(
     size: tuple[int, ...],
     multiple: int,
     masked: float = MASKED,
+    least: float = LEAST,
 ) -> list[Proposal]:
     """The smallest safe latent size of each step, growing, the last one at full `size`.
 
@@ -103,19 +106,20 @@ def propose(
         size: the full latent size, (H, W) or (T, H, W).
         multiple: what a latent side must be divisible by; sides are rounded up to the full side's shares of an eighth
             that are.
+        least: share of the full side below which no step goes, however much the noise would hide.
     """
     steps: list[Proposal] = []
     for number, timestep in enumerate(timesteps):
         last = number == len(timesteps) - 1
         scale = spatial.safe_scale(process, timestep, masked)
         frames = temporal.safe_scale(process, timestep, masked) if temporal is not None else 1.0
-        share = 1.0 if last else max(scale, steps[-1].size[-2] / size[-2] if steps else 0.0)
+        share = 1.0 if last else max(scale, least, steps[-1].size[-2] / size[-2] if steps else 0.0)
         eighths = next(
             n for n in range(1, 9) if n / 8 >= share - 1e-9 and all(side * n % (8 * multiple) == 0 for side in size[-2:])
         )
         chosen: tuple[int, ...] = tuple(side * eighths // 8 for side in size[-2:])
         if len(size) == 3:
             before = steps[-1].size[0] if steps else 1
-            chosen = (size[0] if last else max(before, 1 + math.ceil(frames * (size[0] - 1))), *chosen)
+            chosen = (size[0] if last else max(before, 1 + math.ceil(max(frames, least) * (size[0] - 1))), *chosen)
         steps.append(Proposal(timestep, scale, frames, chosen))
     return steps

@@ -17,7 +17,7 @@ from stepladder.distillation import load_model
 from stepladder.errors import UserError
 from stepladder.precision import pick_device
 from stepladder.reporting.figures import spectrum_figure
-from stepladder.spectrum import MASKED, Proposal, propose, radial_spectrum, temporal_spectrum
+from stepladder.spectrum import LEAST, MASKED, Proposal, propose, radial_spectrum, temporal_spectrum
 from stepladder.storage import write_text
 from stepladder.training.recipe import Recipe, load_recipe
 
@@ -31,6 +31,7 @@ def command(
     masked: Annotated[
         float, typer.Option(min=0.0, help="a frequency is hidden where the image's power is at most this share of the noise's")
     ] = MASKED,
+    least: Annotated[float, typer.Option(min=0.0, max=1.0, help="share of the full side below which no step goes")] = LEAST,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="override a key of the recipe")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
@@ -42,7 +43,7 @@ def command(
     folder = images or loaded.data.images
     if folder is None:
         raise UserError("no images: give a folder of shards with --images; stepladder synthesize makes some")
-    result, steps = _measure(loaded, folder, count, batch, masked)
+    result, steps = _measure(loaded, folder, count, batch, masked, least)
     write_text(out / "spectrum.json", json.dumps(result, indent=2))
     spectrum_figure(result, out / "spectrum.png")
     if as_json:
@@ -56,7 +57,9 @@ def command(
     console.print(f"figure: {out / 'spectrum.png'}   figures: {out / 'spectrum.json'}")
 
 
-def _measure(recipe: Recipe, folder: Path, count: int, batch: int, masked: float) -> tuple[dict[str, Any], list[Proposal]]:
+def _measure(
+    recipe: Recipe, folder: Path, count: int, batch: int, masked: float, least: float
+) -> tuple[dict[str, Any], list[Proposal]]:
     backbone = load_model(recipe)
     device = pick_device(recipe.training.device)
     backbone.to(device)
@@ -68,7 +71,7 @@ def _measure(recipe: Recipe, folder: Path, count: int, batch: int, masked: float
     spatial = radial_spectrum(latents)
     temporal = temporal_spectrum(latents) if latents.ndim == 5 else None
     timesteps = [step.teacher_timestep for step in recipe.ladder.build(backbone).steps]
-    steps = propose(spatial, temporal, backbone.process, timesteps, full, backbone.patch_size, masked)
+    steps = propose(spatial, temporal, backbone.process, timesteps, full, backbone.patch_size, masked, least)
     kinds = {"space": spatial} | ({"time": temporal} if temporal is not None else {})
     distinct = list(dict.fromkeys(step.size for step in steps))
     result = {
