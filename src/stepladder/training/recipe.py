@@ -159,11 +159,18 @@ class Recipe(Part):
         content = self.model_dump(mode="json", exclude={"data": {"prompts", "images"}})
         for free in FREE_KEYS:
             content["training"].pop(free)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(_said(content), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
         """The resolved recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _said(tree: Any) -> Any:
+    """A tree without what is None, so that a setting added later, and not set, leaves identities alone."""
+    if isinstance(tree, dict):
+        return {key: _said(value) for key, value in tree.items() if value is not None}
+    return tree
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
