@@ -19,7 +19,7 @@ FLOORS = [
     ["sampling"],
     ["scheduler", "losses"],
     ["world"],
-    ["backbones"],
+    ["backbones", "rewards"],
     ["roles"],
     ["methods", "data", "samplers", "planning"],
     ["training", "export"],

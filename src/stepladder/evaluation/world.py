@@ -4,39 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from stepladder.backbones.base import Backbone
 from stepladder.conditioning import Conditioning
 from stepladder.data.prompts import encode_prompts
-from stepladder.errors import UserError
 from stepladder.evaluation.metrics import diversity, frechet_distance, prompt_accuracy
 from stepladder.progress import progress_bar
 from stepladder.resample import resize
 from stepladder.samplers import Sampler, sample_many
 from stepladder.world.captions import captions
-from stepladder.world.judge import Judge
-from stepladder.world.paths import JUDGE
+from stepladder.world.judge import load_judge
 from stepladder.world.render import render
 from stepladder.world.scenes import Scene, draw_scenes
 
 REFERENCES = 2000
 DIVERSITY_CAPTIONS, DIVERSITY_SEEDS = 16, 4
-
-
-@lru_cache(maxsize=1)
-def load_judge() -> Judge:
-    """The bundled judge."""
-    if not JUDGE.is_file():
-        raise UserError("the bundled judge is missing; remake it with stepladder teach")
-    judge = Judge()
-    judge.load_state_dict({name: tensor.float() for name, tensor in load_file(str(JUDGE)).items()})
-    return judge.eval().requires_grad_(False)
 
 
 @dataclass

@@ -5,13 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from stepladder.errors import UserError
 from stepladder.precision import autocast, pick_device
+from stepladder.world.paths import JUDGE
 from stepladder.world.phase import Phase, run_phase, warm_then_decay
 from stepladder.world.render import render
 from stepladder.world.scenes import COLOURS, GROUNDS, POSITIONS, SHAPES, SIZES, Scene, draw_scene
@@ -71,6 +76,23 @@ class Judge(nn.Module):
         quarters = self.squeeze(grid).unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 2, 4, 1, 3, 5).flatten(3)
         corners = self.corner(quarters).flatten(1)
         return torch.cat([corners, self.ground(features)], dim=-1), features
+
+
+@lru_cache(maxsize=4)
+def load_judge(path: Path = JUDGE) -> Judge:
+    """The bundled judge, or another one's weights.
+
+    Raises:
+        UserError: the file is missing or no judge's.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no judge at {path}; the bundled one is remade with stepladder teach")
+    judge = Judge()
+    try:
+        judge.load_state_dict({name: tensor.float() for name, tensor in load_file(str(path)).items()})
+    except (RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path} holds no judge ({str(error).splitlines()[0]}); give weights that stepladder teach made") from error
+    return judge.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+"""Rewards: what reinforcement learning wants more of. Every module here that defines one is discovered by import."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from stepladder.errors import UserError
+from stepladder.rewards.base import Reward, RewardSpec
+
+
+@lru_cache(maxsize=1)
+def rewards() -> dict[str, type[Reward]]:
+    """All rewards by name: every class of this package's modules that has one."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, type) and issubclass(value, Reward) and value.name:
+                found[value.name] = value
+    return found
+
+
+class WeightedSum(Reward):
+    """Several rewards, each times its weight."""
+
+    def __init__(self, parts: Sequence[Reward], weights: Sequence[float]) -> None:
+        self.parts = list(parts)
+        self.weights = list(weights)
+
+    @property
+    def differentiable(self) -> bool:  # type: ignore[override]
+        """Whether all parts are."""
+        return all(part.differentiable for part in self.parts)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Weighted sum of the parts' scores, (B,)."""
+        return torch.stack([weight * part(images, prompts) for part, weight in zip(self.parts, self.weights, strict=True)]).sum(0)
+
+
+def build_reward(specs: Sequence[RewardSpec], device: torch.device) -> Reward:
+    """The weighted sum of rewards as a recipe names them.
+
+    Raises:
+        UserError: a name is unknown, or a reward's files cannot be read.
+    """
+    parts = []
+    for spec in specs:
+        if spec.name not in rewards():
+            raise UserError(f"unknown reward {spec.name!r}; known rewards: {', '.join(sorted(rewards()))}")
+        parts.append(rewards()[spec.name].build(spec, device))
+    return WeightedSum(parts, [spec.weight for spec in specs])
