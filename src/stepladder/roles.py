@@ -21,7 +21,7 @@ from stepladder.conditioning import Conditioning
 from stepladder.errors import UserError
 from stepladder.prediction import Prediction
 
-STUDENT, FAKE_SCORE, TEACHER = "student", "fake_score", "teacher"
+STUDENT, FAKE_SCORE, TEACHER, REFERENCE = "student", "fake_score", "teacher", "reference"
 TRAINED = (STUDENT, FAKE_SCORE)
 
 
@@ -69,11 +69,12 @@ class Role:
 
 
 class Roles(Protocol):
-    """Student, fake score and teacher, and the parameters of the two that learn."""
+    """Student, fake score and teacher, and the parameters of the two that learn; the student as it was, where one is kept."""
 
     student: Role
     fake_score: Role
     teacher: Role
+    reference: Role
 
     def real_score(self, scale: float) -> Role:
         """The teacher, leaning towards the fake score by `scale`: DynaDG of DMDR section 3.3; the teacher itself at 0."""
@@ -85,31 +86,29 @@ class Roles(Protocol):
 class AdapterRoles:
     """One frozen base; student and fake score are LoRA adapters on it (alpha = rank, so that no reader can misread it).
 
-    `trained` names the roles that learn; one that does not learn has no adapter.
+    `kept` names the roles that have an adapter of their own: those that learn, and the reference where one is wanted.
 
     Roles are switched by peft's private flags: its public `set_adapter` and `disable_adapters` also flip
     `requires_grad`, and a switch between a forward and its backward would then leave the gradient at zero, silently.
     """
 
-    def __init__(
-        self, backbone: Backbone, rank: int, gradient_checkpointing: bool = False, trained: Sequence[str] = TRAINED
-    ) -> None:
+    def __init__(self, backbone: Backbone, rank: int, gradient_checkpointing: bool = False, kept: Sequence[str] = TRAINED) -> None:
         self.network = backbone.network.requires_grad_(False)
         self.current = ("", 1.0)
-        for name in trained:
+        for name in kept:
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(backbone.lora_targets))
             # peft's own entrance: not every diffusers network (PixArt's) has `add_adapter`
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(config, self.network, adapter_name=name)
         self.layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
-        for name in trained:
+        for name in kept:
             for parameter in self.parameters(name).values():
-                parameter.requires_grad_(True)
+                parameter.requires_grad_(name in TRAINED)
                 # adapters learn in full precision also on a base that is kept in half
                 parameter.data = parameter.data.float()
-        self.student, self.fake_score, self.teacher = (
-            Role(backbone, self.network, self._entrance(name)) for name in (STUDENT, FAKE_SCORE, TEACHER)
+        self.student, self.fake_score, self.teacher, self.reference = (
+            Role(backbone, self.network, self._entrance(name)) for name in (STUDENT, FAKE_SCORE, TEACHER, REFERENCE)
         )
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
@@ -154,15 +153,15 @@ class AdapterRoles:
 class CopyRoles:
     """Three whole networks, as the papers' full fine-tuning has them."""
 
-    def __init__(self, backbone: Backbone, gradient_checkpointing: bool = False, trained: Sequence[str] = TRAINED) -> None:
+    def __init__(self, backbone: Backbone, gradient_checkpointing: bool = False, kept: Sequence[str] = TRAINED) -> None:
         self.networks = {TEACHER: backbone.network.requires_grad_(False)}
-        for name in trained:
-            network = copy.deepcopy(backbone.network).requires_grad_(True)
+        for name in kept:
+            network = copy.deepcopy(backbone.network).requires_grad_(name in TRAINED)
             if gradient_checkpointing:
                 network.enable_gradient_checkpointing()  # type: ignore[operator]
             self.networks[name] = network
-        self.student, self.fake_score, self.teacher = (
-            Role(backbone, self.networks.get(name, backbone.network)) for name in (STUDENT, FAKE_SCORE, TEACHER)
+        self.student, self.fake_score, self.teacher, self.reference = (
+            Role(backbone, self.networks.get(name, backbone.network)) for name in (STUDENT, FAKE_SCORE, TEACHER, REFERENCE)
         )
 
     def real_score(self, scale: float) -> Role:

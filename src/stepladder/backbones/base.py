@@ -250,12 +250,16 @@ class Backbone(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, H, W) to images (B, 3, height, width) in [-1, 1]; video keeps its frames, (B, 3, T, height, width)."""
+        with torch.no_grad():
+            return self.decode_with_graph(latents).clamp(-1, 1)
+
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
+        """As `decode`, with the gradient back to the latents, and unclipped."""
         vae = self.pipeline.vae
         if vae is None:
             raise UserError("the VAE was dropped from memory; load the model again to decode")
-        with torch.no_grad():
-            images = vae.decode(self.unscale(latents).to(vae.dtype)).sample
-        return images.float().clamp(-1, 1)
+        images: Tensor = vae.decode(self.unscale(latents).to(vae.dtype)).sample
+        return images.float()
 
     def teacher_timesteps(self, steps: int) -> list[float]:
         """The timesteps of the model's own sampler; for variance-preserving models uniform from 1000, as few-step papers count."""

@@ -78,7 +78,10 @@ class PromptCache:
     So a resumed run sees the prompts it would have seen, without any position to store.
     """
 
-    def __init__(self, conditioning: Conditioning, unconditional: Conditioning, seed: int) -> None:
+    def __init__(
+        self, conditioning: Conditioning, unconditional: Conditioning, seed: int, texts: Sequence[str] | None = None
+    ) -> None:
+        self.texts = list(texts or [""] * len(conditioning))
         self.conditioning = conditioning
         self.unconditional = unconditional
         self.seed = seed

@@ -16,9 +16,11 @@ from stepladder.errors import UserError
 from stepladder.ladder import Ladder
 from stepladder.losses.adversarial import Discriminator
 from stepladder.methods.cold_start import ColdStart, biased
+from stepladder.methods.reinforcement import RLTerm, dpo_term, grpo_term, refl_term
 from stepladder.methods.terms import GANTerm, MMDTerm, discriminator_term, generator_term, mmd_term
 from stepladder.prediction import Prediction
 from stepladder.processes import Process
+from stepladder.resample import resize
 from stepladder.roles import Role, Roles
 from stepladder.sampling import cascade, initial_noise
 
@@ -38,12 +40,14 @@ class Batch:
     """Prompts of one update, B of them, and the images that belong to them.
 
     images: a latent size, (H, W) or (T, H, W), to latents (B, C, *size) of the images shrunk in pixel space and encoded;
-    None where a run has no images.
+    None where a run has no images · score: final latents (k B, C, …) of the prompts, k times over, to rewards (k B,), with
+    their graph; None where a run has no rewards.
     """
 
     conditioning: Conditioning
     unconditional: Conditioning
     images: Callable[[tuple[int, ...]], Tensor] | None = None
+    score: Callable[[Tensor], Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -87,11 +91,18 @@ class MethodConfig(BaseModel):
     mmd: MMDTerm | None = Field(None, description="MMD term on the frozen teacher's features; needs data.images")
     cold_start: ColdStart | None = Field(None, description="DMDR's cold start: a real score that leans, biased renoise times")
 
+    rl: RLTerm | None = Field(None, description="reinforcement learning beside the distillation, or alone (DMDR)")
+
     @model_validator(mode="after")
     def _some_term(self) -> MethodConfig:
-        if not self.matching_weight and self.gan is None and self.mmd is None:
-            raise ValueError("matching_weight is 0 and there is neither gan nor mmd: nothing would be learned; add a term")
+        if not self.matching_weight and self.gan is None and self.mmd is None and self.rl is None:
+            raise ValueError("matching_weight is 0 and there is neither gan, mmd nor rl: nothing would be learned; add a term")
         return self
+
+    @property
+    def rl_begins(self) -> int:
+        """The update at which reinforcement learning begins: the cold start's end."""
+        return self.cold_start.updates if self.cold_start is not None else 0
 
 
 class Method(ABC):
@@ -170,6 +181,19 @@ class Method(ABC):
         cold_start = self.config.cold_start
         shares = biased(cold_start.renoise_bias_at(update) if cold_start else 1.0, len(batch.conditioning), generator)
         return (low + (high - low) * shares).to(batch.device)
+
+    def reinforcement_loss(self, roles: Roles, sample: Sample, batch: Batch, generator: torch.Generator) -> Tensor | None:
+        """What the student learns from rewards; nothing before the cold start is over."""
+        term, conditioning = self.config.rl, batch.conditioning
+        if term is None or sample.update < self.config.rl_begins:
+            return None
+        assert batch.score is not None
+        if term.algorithm == "refl":
+            return refl_term(resize(sample.x0, self.ladder.size), batch.score)
+        given = (term, roles, self.process, self.ladder, self.channels, conditioning, batch.score)
+        if term.algorithm == "dpo":
+            return dpo_term(*given, self.sampler_options(), generator)
+        return grpo_term(*given, self.sampler_options().get("mode", "bilinear"), generator)
 
     def predict_at(self, roles: Roles, conditioning: Conditioning, index: int, generator: torch.Generator) -> Prediction:
         """Backward simulation: the steps before `index` without gradient, as in sampling; then the student with it."""

@@ -22,14 +22,16 @@ from stepladder.images import save_grid, still
 from stepladder.ladder import Ladder
 from stepladder.methods import methods
 from stepladder.methods.base import Batch, Method, Setting
+from stepladder.methods.reinforcement import RLTerm
 from stepladder.precision import autocast, pick_device
 from stepladder.progress import console, progress_bar
 from stepladder.resample import shrink
-from stepladder.roles import FAKE_SCORE, STUDENT, TRAINED, AdapterRoles, CopyRoles, Roles, load_parameters, load_tensors
+from stepladder.roles import FAKE_SCORE, REFERENCE, STUDENT, TRAINED, AdapterRoles, CopyRoles, Roles, load_parameters, load_tensors
 from stepladder.samplers import Sampler, sample
 from stepladder.storage import load_tree, save_tree
 from stepladder.training.logs import MetricLog
 from stepladder.training.recipe import Recipe, load_recipe
+from stepladder.training.rewarding import Rewarder
 
 RECIPE_FILE = "recipe.yaml"
 GRID_PROMPTS = 8
@@ -47,12 +49,12 @@ def build_method(recipe: Recipe, backbone: Backbone, ladder: Ladder) -> Method:
     return method
 
 
-def build_roles(backbone: Backbone, recipe: Recipe, trained: Sequence[str] = TRAINED) -> Roles:
+def build_roles(backbone: Backbone, recipe: Recipe, kept: Sequence[str] = TRAINED) -> Roles:
     """Roles as the recipe keeps them; the adapters' start depends on the recipe's seed alone."""
     torch.manual_seed(recipe.training.seed)
     if recipe.roles.mode == "lora":
-        return AdapterRoles(backbone, recipe.roles.lora_rank, recipe.roles.gradient_checkpointing, trained)
-    return CopyRoles(backbone, recipe.roles.gradient_checkpointing, trained)
+        return AdapterRoles(backbone, recipe.roles.lora_rank, recipe.roles.gradient_checkpointing, kept)
+    return CopyRoles(backbone, recipe.roles.gradient_checkpointing, kept)
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Run:
     ladder: Ladder
     prompts: PromptCache
     images: ImageShards | None
+    rewarder: Rewarder | None
     optimizers: dict[str, torch.optim.Optimizer]
     average: dict[str, Tensor]
     generator: torch.Generator
@@ -87,7 +90,10 @@ class Run:
         rates = {STUDENT: training.student_learning_rate}
         if method.trains_fake_score:
             rates[FAKE_SCORE] = training.fake_score_learning_rate
-        roles = build_roles(backbone, recipe, tuple(rates))
+        rl = method.config.rl
+        references = (REFERENCE,) if rl is not None and rl.algorithm == "dpo" else ()
+        roles = build_roles(backbone, recipe, (*rates, *references))
+        rewarder = Rewarder.of(rl, backbone, device) if rl is not None else None
         optimizers: dict[str, torch.optim.Optimizer] = {
             role: torch.optim.AdamW(
                 learning(roles, method, role), lr=rate, betas=training.betas, weight_decay=training.weight_decay, fused=True
@@ -96,7 +102,7 @@ class Run:
         }
         average = {name: parameter.detach().clone() for name, parameter in roles.parameters(STUDENT).items()}
         generator = torch.Generator().manual_seed(training.seed)
-        return cls(recipe, backbone, roles, method, ladder, prompts, images, optimizers, average, generator, device, base)
+        return cls(recipe, backbone, roles, method, ladder, prompts, images, rewarder, optimizers, average, generator, device, base)
 
     def batch(self, number: int) -> Batch:
         """The prompts of a batch and, where the run has images, what belongs to them."""
@@ -104,7 +110,8 @@ class Run:
         rows = self.prompts.rows(number, size)
         unconditional = self.prompts.unconditional.to(self.device).expand(size)
         encoded = self._encoded(rows) if self.images is not None else None
-        return Batch(self.prompts.conditioning.rows(rows).to(self.device), unconditional, encoded)
+        score = self.rewarder.scoring([self.prompts.texts[row] for row in rows], self.generator) if self.rewarder else None
+        return Batch(self.prompts.conditioning.rows(rows).to(self.device), unconditional, encoded, score)
 
     def _encoded(self, rows: list[int]) -> Callable[[tuple[int, ...]], Tensor]:
         """Latents of the images `rows` at a latent size: shrunk in pixel space, then encoded (SwD section 4.1)."""
@@ -125,7 +132,7 @@ class Run:
             "base": self.base,
             "prompts": self.prompts.digest,
             "images": self.images.digest if self.images is not None else "",
-            "weights": {role: dict(self.roles.parameters(role)) for role in self.optimizers},
+            "weights": {role: dict(self.roles.parameters(role)) for role in (*self.optimizers, REFERENCE)},
             "head": dict(self.method.head.named_parameters()) if self.method.head is not None else {},
             "average": self.average,
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
@@ -149,6 +156,7 @@ class Run:
                 raise UserError(f"{path} belongs to another {name}; resume with its own {name} or start in a new folder")
         if self.method.head is not None:
             load_tensors(dict(self.method.head.named_parameters()), state["head"])
+        load_parameters(self.roles, REFERENCE, state["weights"][REFERENCE])
         for role in self.optimizers:
             load_parameters(self.roles, role, state["weights"][role])
             rates = [group["lr"] for group in self.optimizers[role].param_groups]
@@ -171,9 +179,9 @@ def read_and_encode(recipe: Recipe, backbone: Backbone, images: ImageShards | No
     size = recipe.ladder.sizes[-1]
     texts = images.prompts if images is not None else read_prompts(recipe.data.prompts)  # type: ignore[arg-type]
     unconditional = backbone.unconditional(recipe.data.negative_prompt, size).to("cpu")
-    prompts = PromptCache(encode_prompts(backbone, texts, size), unconditional, recipe.training.seed)
+    prompts = PromptCache(encode_prompts(backbone, texts, size), unconditional, recipe.training.seed, texts)
     backbone.drop_text_encoders()
-    if not recipe.training.sample_every and images is None:
+    if not recipe.training.sample_every and images is None and recipe.method_config().rl is None:
         backbone.drop_vae()
     return prompts
 
@@ -186,6 +194,8 @@ def train_update(run: Run) -> dict[str, float]:
     """
     training, method = run.recipe.training, run.method
     figures: dict[str, float] = {}
+    if run.update == method.config.rl_begins and run.roles.parameters(REFERENCE):
+        load_parameters(run.roles, REFERENCE, dict(run.roles.parameters(STUDENT)))
     count = method.config.fake_updates if method.trains_fake_score else 1
     for index in range(count):
         batch = run.batch(run.update * count + index)
@@ -198,7 +208,8 @@ def train_update(run: Run) -> dict[str, float]:
             figures.update(_descend(run, FAKE_SCORE, loss))
     with autocast(run.device, training.precision):
         loss = method.student_loss(run.roles, drawn, batch, run.generator)
-    figures.update(_descend(run, STUDENT, loss))
+        wanted = method.reinforcement_loss(run.roles, drawn, batch, run.generator)
+    figures.update(_descend(run, STUDENT, loss, wanted))
     with torch.no_grad():
         own = run.roles.parameters(STUDENT)
         torch._foreach_lerp_([run.average[name] for name in own], list(own.values()), 1 - training.ema_decay)
@@ -206,10 +217,13 @@ def train_update(run: Run) -> dict[str, float]:
     return figures | {"stage": float(drawn.stage), "latent_std": drawn.x0.detach().float().std().item()}
 
 
-def _descend(run: Run, role: str, loss: Tensor) -> dict[str, float]:
+def _descend(run: Run, role: str, loss: Tensor, wanted: Tensor | None = None) -> dict[str, float]:
+    """One step of a role's optimiser down `loss`; `wanted` is the loss of reinforcement learning beside it."""
     parameters = learning(run.roles, run.method, role)
-    # an adversarial student loss passes through the fake score, which must not learn from it
-    loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+    if wanted is None:
+        # an adversarial student loss passes through the fake score, which must not learn from it
+        loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+    more = backward_both(run.method.config.rl, parameters, loss, wanted) if wanted is not None else {}
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.recipe.training.max_grad_norm)
     value, size = loss.item(), norm.item()
     if not (math.isfinite(value) and math.isfinite(size)):
@@ -219,7 +233,27 @@ def _descend(run: Run, role: str, loss: Tensor) -> dict[str, float]:
         )
     run.optimizers[role].step()
     run.optimizers[role].zero_grad(set_to_none=True)
-    return {f"{role}_loss": value, f"{role}_grad_norm": size}
+    return {f"{role}_loss": value, f"{role}_grad_norm": size} | more
+
+
+def backward_both(term: RLTerm, parameters: list[nn.Parameter], loss: Tensor, wanted: Tensor) -> dict[str, float]:
+    """Leave the gradient of DMDR Eq. 2, `loss` plus a coefficient times `wanted`, in the parameters.
+
+    Where both have a gradient and the term balances, the coefficient brings their norms to the term's ratio.
+    """
+    distils = loss.requires_grad
+    own = torch.autograd.grad(wanted, parameters, retain_graph=distils, allow_unused=True)
+    size = torch.nn.utils.get_total_norm([gradient for gradient in own if gradient is not None])
+    coefficient = torch.tensor(term.weight, device=size.device)
+    distilled = torch.autograd.grad(loss, parameters, allow_unused=True) if distils else (None,) * len(parameters)
+    if distils and term.balance:
+        norm = torch.nn.utils.get_total_norm([gradient for gradient in distilled if gradient is not None])
+        coefficient = term.weight * norm / size.clamp(min=1e-12)
+    # DMDR Eq. 2
+    for parameter, first, second in zip(parameters, distilled, own, strict=True):
+        parts = [part for part in (first, None if second is None else coefficient * second) if part is not None]
+        parameter.grad = sum(parts[1:], parts[0]) if parts else None
+    return {"reinforcement_loss": wanted.item(), "reinforcement_grad_norm": size.item()}
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,0 +1,145 @@
+"""DMDR's terms of reinforcement learning: ReFL, DPO and GRPO beside any method's distillation, or alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from stepladder.conditioning import Conditioning
+from stepladder.ladder import Ladder, Step
+from stepladder.losses.reinforcement import dpo_loss, group_advantages, grpo_loss, log_probability, refl_loss
+from stepladder.prediction import Prediction
+from stepladder.processes import Process
+from stepladder.renoise import combine, gaussian
+from stepladder.resample import ResampleMode, resize
+from stepladder.rewards.base import RewardSpec
+from stepladder.roles import Role, Roles
+from stepladder.sampling import cascade, initial_noise
+
+Score = Callable[[Tensor], Tensor]
+
+
+class RLTerm(BaseModel):
+    """A term that wants more reward; it begins when the cold start is over.
+
+    balance: the term's gradient is scaled to `weight` times the norm of the distillation's, so that one number means the
+    same for every reward and algorithm; without, or alone, the loss itself is multiplied by `weight`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    algorithm: Literal["refl", "dpo", "grpo"] = "refl"
+    rewards: list[RewardSpec] = Field(min_length=1, description="what to want, a weighted sum")
+    weight: float = Field(0.5, gt=0)
+    balance: bool = True
+    beta: float = Field(2000.0, gt=0, description="dpo: how hard a pair's margin is pressed")
+    group: int = Field(4, ge=2, description="grpo: samples of a prompt")
+    exploration: float = Field(0.7, ge=0, lt=1, description="grpo: share of predicted noise kept at each step; the rest is fresh")
+    clip: float = Field(0.2, gt=0, description="grpo: how far the ratio of probabilities may leave 1")
+    decoder: str | None = Field(
+        None, description="folder of a tiny VAE (AutoencoderTiny) to decode with; the model's own by default"
+    )
+    crop: int | None = Field(None, ge=8, description="decode only a random square of so many latent pixels")
+
+
+def repeated(conditioning: Conditioning, times: int) -> Conditioning:
+    """The prompts, one after another, `times` over."""
+    return Conditioning.cat([conditioning] * times)
+
+
+def refl_term(x0: Tensor, score: Score) -> Tensor:
+    """ReFL: the reward's gradient through the decoder to the step that was sampled, which predicts a clean image."""
+    # DMDR section 4.3
+    return refl_loss(score(x0))
+
+
+def dpo_term(
+    term: RLTerm,
+    roles: Roles,
+    process: Process,
+    ladder: Ladder,
+    channels: int,
+    conditioning: Conditioning,
+    score: Score,
+    options: dict[str, object],
+    generator: torch.Generator,
+) -> Tensor:
+    """DPO: two samples a prompt, ranked by reward, then told apart at one of the ladder's steps.
+
+    Both images of a pair are noised alike to the step, and the student's predictions of them are compared with those of
+    the reference: the student as it was when this term began.
+    """
+    batch, like = len(conditioning), next(iter(conditioning.tensors.values()))
+    with torch.no_grad():
+        noise = initial_noise(ladder, 2 * batch, channels, generator, like)
+        both = cascade(_bound(roles.student, repeated(conditioning, 2)), process, ladder, noise, generator, **options)  # type: ignore[arg-type]
+        first, second = both.chunk(2)
+        better = score(first) >= score(second)
+    pick = better.reshape(-1, *(1,) * (first.ndim - 1))
+    chosen, rejected = torch.where(pick, first, second), torch.where(pick, second, first)
+    step = ladder.steps[int(torch.randint(len(ladder.steps), (), generator=generator))]
+    targets = [resize(image, step.size) for image in (chosen, rejected)]
+    fresh = gaussian(tuple(targets[0].shape), generator, targets[0])
+    clock = torch.tensor(step.timestep, device=fresh.device)
+    states = torch.cat([combine(process, target, fresh, clock) for target in targets])
+    goal, prompts = torch.cat([fresh, fresh]), repeated(conditioning, 2)
+
+    def errors(role: Role) -> tuple[Tensor, Tensor]:
+        found = (role(states, clock, prompts).eps - goal).float().square().flatten(1).mean(1).chunk(2)
+        return found[0], found[1]
+
+    with torch.no_grad():
+        before = errors(roles.reference)
+    return dpo_loss(*errors(roles.student), *before, term.beta)
+
+
+def grpo_term(
+    term: RLTerm,
+    roles: Roles,
+    process: Process,
+    ladder: Ladder,
+    channels: int,
+    conditioning: Conditioning,
+    score: Score,
+    mode: ResampleMode,
+    generator: torch.Generator,
+) -> Tensor:
+    """GRPO: groups of samples a prompt, drawn with fresh noise at every step, whose steps are made more or less probable.
+
+    A step's state is N(alpha_t U(x0) + sigma_t m U(eps), sigma_t² (1 - m²)), m being `exploration`: the sampler's own
+    renoise, so its log-probability is exact. The last step has no noise and so no probability: its reward reaches the
+    steps before it. One of those is taken for the batch.
+    """
+    prompts, like = repeated(conditioning, term.group), next(iter(conditioning.tensors.values()))
+    student, states = _bound(roles.student, prompts), []
+    with torch.no_grad():
+        x = initial_noise(ladder, len(prompts), channels, generator, like)
+        for step, after in zip(ladder.steps, [*ladder.steps[1:], None], strict=True):
+            prediction = student(x, torch.tensor(step.timestep, device=x.device))
+            if after is None:
+                rewards = score(prediction.x0)
+                break
+            mean, deviation = transition(process, prediction, after, term.exploration, mode)
+            onward = mean + deviation * gaussian(tuple(mean.shape), generator, mean)
+            states.append((step, after, x, onward, log_probability(onward, mean, deviation)))
+            x = onward
+    # members of a group are `len(conditioning)` rows apart
+    advantages = group_advantages(rewards.view(term.group, -1).T).T.flatten()
+    step, after, x, onward, old = states[int(torch.randint(len(states), (), generator=generator))]
+    mean, deviation = transition(process, student(x, torch.tensor(step.timestep, device=x.device)), after, term.exploration, mode)
+    return grpo_loss(log_probability(onward, mean, deviation), old, advantages, term.clip)
+
+
+def transition(process: Process, prediction: Prediction, after: Step, mix: float, mode: ResampleMode) -> tuple[Tensor, Tensor]:
+    """Mean (B, …) and deviation of the next step's state under `renoise` with a share `mix` of predicted noise."""
+    clock = torch.tensor(after.timestep, device=prediction.x0.device)
+    x0, eps = resize(prediction.x0, after.size, mode), resize(prediction.eps, after.size, mode)
+    return combine(process, x0, mix * eps, clock), process.sigma(clock) * (1 - mix**2) ** 0.5
+
+
+def _bound(role: Role, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Prediction]:
+    return lambda x, timestep: role(x, timestep, conditioning)
