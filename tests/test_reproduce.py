@@ -129,3 +129,20 @@ def test_wrong_names_and_seeds_are_named():
         result = CliRunner().invoke(app, ["reproduce", *arguments])
         assert isinstance(result.exception, UserError)
         assert words in str(result.exception)
+
+
+def test_an_unseen_judge_judges_beside_the_one_that_rewards(bench, monkeypatch):
+    monkeypatch.setattr("stepladder.reproduction.runner.SECOND_JUDGE_UPDATES", 2)
+    rewarded = rmd(rl={"algorithm": "refl", "rewards": [{"name": "judge"}]})
+    study = Study("t", "s", (Row("a", rewarded), Row("b", rewarded, updates=2)), (Claim("a", "b"),), 1, unseen=True)
+    vars(bench)["updates"] = None
+    try:
+        figures = [run_row(bench, study, row, 0) for row in study.rows]
+    finally:
+        vars(bench)["updates"] = 1
+    # a judge of two updates knows nothing
+    assert figures[0]["prompt_accuracy"] < 0.3
+    assert set(figures[0]) >= {"trained_judge", "fid", "diversity"}
+    # the longer row continued the shorter one's run
+    assert len(list((bench.folder / "runs").rglob("update-0000002.safetensors"))) == 1
+    assert (bench.folder / "second-judge.safetensors").exists()

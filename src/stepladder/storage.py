@@ -78,6 +78,22 @@ def load_tree(path: Path) -> Any:
     return _unpack(json.loads(metadata[TREE_KEY]), tensors)
 
 
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as one plain safetensors file, beside and renamed.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(beside))
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside and rename it, so that readers never see half of it."""
     try:

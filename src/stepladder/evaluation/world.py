@@ -17,7 +17,7 @@ from stepladder.progress import progress_bar
 from stepladder.resample import resize
 from stepladder.samplers import Sampler, sample_many
 from stepladder.world.captions import captions
-from stepladder.world.judge import load_judge
+from stepladder.world.judge import Judge, load_judge
 from stepladder.world.render import render
 from stepladder.world.scenes import Scene, draw_scenes
 
@@ -35,10 +35,11 @@ class Exam:
     unconditional: Conditioning
     reference: Tensor
     seed: int
+    judge: Judge
 
 
-def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
-    """Draw `count` held-out captions, and reference renders of other held-out scenes."""
+def set_exam(backbone: Backbone, count: int, seed: int, judge: Judge | None = None) -> Exam:
+    """Draw `count` held-out captions, and reference renders of other held-out scenes; the bundled judge judges, or `judge`."""
     scenes = draw_scenes(count, seed, held_out=True)
     prompts = captions(scenes, seed)
     others = draw_scenes(REFERENCES, seed + 1, held_out=True)
@@ -47,7 +48,9 @@ def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
     reference = torch.cat([render(others[start : start + 100], (height, width), generator) for start in range(0, REFERENCES, 100)])
     unconditional = backbone.unconditional()
     device = next(iter(unconditional.tensors.values())).device
-    return Exam(scenes, prompts, encode_prompts(backbone, prompts).to(device), unconditional, reference, seed)
+    return Exam(
+        scenes, prompts, encode_prompts(backbone, prompts).to(device), unconditional, reference, seed, judge or load_judge()
+    )
 
 
 def enlarge(images: Tensor, exam: Exam) -> Tensor:
@@ -57,7 +60,7 @@ def enlarge(images: Tensor, exam: Exam) -> Tensor:
 
 def measure(images: Tensor, exam: Exam) -> dict[str, Any]:
     """Prompt accuracy and FID of images (N, 3, H, W), one a caption of the exam."""
-    judge, images = load_judge(), enlarge(images, exam)
+    judge, images = exam.judge, enlarge(images, exam)
     return {
         **prompt_accuracy(judge, images, exam.scenes),
         "fid": frechet_distance(judge, images, exam.reference),
@@ -80,7 +83,7 @@ def examine(
         "seconds_per_image": drawn.seconds_per_image,
         "decode_seconds_per_image": drawn.decode_seconds_per_image,
         **measure(drawn.images, exam),
-        "diversity": diversity(load_judge(), enlarge(varied.images, exam).unflatten(0, (-1, DIVERSITY_SEEDS))),
+        "diversity": diversity(exam.judge, enlarge(varied.images, exam).unflatten(0, (-1, DIVERSITY_SEEDS))),
     }
     return figures, drawn.images
 

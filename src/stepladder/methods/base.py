@@ -127,6 +127,11 @@ class Method(ABC):
         """Whether some term needs a fake score; MMD alone does not."""
         return self.config.matching_weight > 0 or self.config.gan is not None
 
+    def distils_at(self, update: int) -> bool:
+        """Whether the student still learns from the teacher, which it does not once rewards are alone."""
+        term = self.config.rl
+        return term is None or not term.alone or update < self.config.rl_begins
+
     @abstractmethod
     def sampler_options(self) -> dict[str, Any]:
         """What `cascade` needs to sample as in training."""
@@ -157,6 +162,8 @@ class Method(ABC):
     def student_loss(self, roles: Roles, sample: Sample, batch: Batch, generator: torch.Generator) -> Tensor:
         """All that the student learns from."""
         loss = torch.zeros((), device=sample.x0.device)
+        if not self.distils_at(sample.update):
+            return loss
         if self.config.matching_weight:
             loss = self.config.matching_weight * self.student_matching(sample, *self.scores(roles, sample, batch.unconditional))
         if self.head is not None:

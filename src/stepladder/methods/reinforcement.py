@@ -36,6 +36,7 @@ class RLTerm(BaseModel):
     rewards: list[RewardSpec] = Field(min_length=1, description="what to want, a weighted sum")
     weight: float = Field(0.5, gt=0)
     balance: bool = True
+    alone: bool = Field(False, description="leave the distillation out once this term begins; rewards are then easily hacked")
     beta: float = Field(2000.0, gt=0, description="dpo: how hard a pair's margin is pressed")
     group: int = Field(4, ge=2, description="grpo: samples of a prompt")
     exploration: float = Field(0.7, ge=0, lt=1, description="grpo: share of predicted noise kept at each step; the rest is fresh")

@@ -11,7 +11,13 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from stepladder.storage import write_text
 
-HEADINGS = {"prompt_accuracy": "prompts right", "shape_accuracy": "shape", "fid": "FID", "diversity": "diversity"}
+HEADINGS = {
+    "prompt_accuracy": "prompts right",
+    "trained_judge": "by the trained judge",
+    "shape_accuracy": "shape",
+    "fid": "FID",
+    "diversity": "diversity",
+}
 DIGITS = {"fid": 2}
 
 

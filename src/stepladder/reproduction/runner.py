@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from stepladder.backbones.base import Backbone
 from stepladder.conditioning import Conditioning
 from stepladder.distillation import BUNDLED_STEPS, load_model
+from stepladder.evaluation.metrics import prompt_accuracy
 from stepladder.evaluation.world import Exam, examine, measure, set_exam
 from stepladder.images import grid, save_image
 from stepladder.ladder import Ladder, full_resolution
@@ -30,11 +32,12 @@ from stepladder.resample import resize, shrink
 from stepladder.roles import STUDENT, Role, load_parameters
 from stepladder.samplers import Sampler, sample
 from stepladder.sampling import cascade
-from stepladder.storage import write_text
+from stepladder.storage import save_tensors, write_text
 from stepladder.synthesis import Synthesis, synthesize
 from stepladder.training.recipe import Recipe, parse_recipe
 from stepladder.training.trainer import RECIPE_FILE, Run, build_method, checkpoints, latest_state, train
 from stepladder.world.captions import captions
+from stepladder.world.judge import Judge, load_judge, train_judge
 from stepladder.world.paths import BUNDLED
 from stepladder.world.render import render
 from stepladder.world.scenes import draw_scenes
@@ -43,7 +46,8 @@ BASE = BUNDLED.parent / "rmd.yaml"
 PROMPTS, IMAGES = 4000, 1024
 BATCH = 16
 PICTURES = 6
-FIGURES = ("prompt_accuracy", "shape_accuracy", "fid", "diversity")
+FIGURES = ("prompt_accuracy", "trained_judge", "shape_accuracy", "fid", "diversity")
+SECOND_JUDGE_UPDATES = 700
 LOWER_IS_BETTER = ("fid",)
 
 
@@ -79,11 +83,20 @@ class Bench:
         synthesize(self.backbone, texts, folder, wanted, batch=64)
         return folder
 
-    def exam(self, seed: int) -> Exam:
-        """Held-out captions of a seed; drawn once."""
+    @cached_property
+    def second_judge(self) -> Judge:
+        """A judge that no training sees, taught from another start with other scenes."""
+        path = self.folder / "second-judge.safetensors"
+        if not path.exists():
+            tell = train_judge(self.folder / "second-judge", SECOND_JUDGE_UPDATES, seed=1, name="second-judge")
+            save_tensors(path, dict(tell.state_dict()))
+        return load_judge(path)
+
+    def exam(self, seed: int, unseen: bool = False) -> Exam:
+        """Held-out captions of a seed, drawn once; judged by the bundled judge, or by one that no training sees."""
         if seed not in self.exams:
             self.exams[seed] = set_exam(self.backbone, self.count, seed)
-        return self.exams[seed]
+        return replace(self.exams[seed], judge=self.second_judge) if unseen else self.exams[seed]
 
     def recipe(self, row: Row, seed: int, updates: int) -> Recipe:
         """The bundled recipe with a row's changes, a seed, and the size of all rows' training."""
@@ -91,7 +104,7 @@ class Bench:
         for section, change in row.changes.items():
             tree[section] = dict(change) if section == "method" else {**tree.get(section, {}), **change}
         wants_images = tree["data"].get("images") is not None
-        tree["data"] = {"images": str(self.images)} if wants_images else {"prompts": str(self.prompts)}
+        tree["data"] = {"images": str(self.images.resolve())} if wants_images else {"prompts": str(self.prompts.resolve())}
         size = {"updates": max(1, updates), "batch_size": BATCH, "seed": seed, "sample_every": 0, "checkpoint_every": 50}
         tree["training"] = {**tree["training"], **size}
         return parse_recipe(tree)
@@ -99,9 +112,9 @@ class Bench:
 
 def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
     """A row's figures with one seed: of its training, of the captions and of all noise."""
-    updates = (bench.updates or study.updates) if row.kind == "student" else 1
+    updates = (bench.updates or row.updates or study.updates) if row.kind == "student" else 1
     recipe = bench.recipe(row, seed, updates)
-    key = _key(bench, row, recipe)
+    key = _key(bench, study, row, recipe)
     done = bench.folder / "figures" / f"{key}.json"
     if done.exists():
         found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
@@ -110,16 +123,19 @@ def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
     if row.kind == "noised":
         figures, images = _finish_noised(bench, row, seed)
     else:
-        role = _train(bench, recipe, key) if row.kind == "student" else _base_role(bench)
-        figures, images = examine(sampler_of(bench, row, recipe, role), bench.backbone, bench.exam(seed))
+        role = _train(bench, recipe) if row.kind == "student" else _base_role(bench)
+        exam = bench.exam(seed, study.unseen)
+        figures, images = examine(sampler_of(bench, row, recipe, role), bench.backbone, exam)
+        if study.unseen:
+            figures["trained_judge"] = prompt_accuracy(load_judge(), images, exam.scenes)["prompt_accuracy"]
     figures |= {"key": key, "seed": seed, "seconds": time.monotonic() - began}
     save_image(grid(images[:PICTURES], columns=PICTURES), bench.folder / "figures" / f"{key}.png")
     write_text(done, json.dumps(figures, indent=1))
     return figures
 
 
-def _key(bench: Bench, row: Row, recipe: Recipe) -> str:
-    words = f"-{row.strategy}{row.timestep:.0f}" if row.kind == "noised" else ""
+def _key(bench: Bench, study: Study, row: Row, recipe: Recipe) -> str:
+    words = (f"-{row.strategy}{row.timestep:.0f}" if row.kind == "noised" else "") + ("-unseen" if study.unseen else "")
     return f"{row.kind}{words}-{recipe.identity()}-{recipe.training.updates}-{bench.count}"
 
 
@@ -127,11 +143,14 @@ def _base_role(bench: Bench) -> Role:
     return Role(bench.backbone, bench.backbone.network)
 
 
-def _train(bench: Bench, recipe: Recipe, key: str) -> Role:
-    folder = bench.folder / "runs" / key
+def _train(bench: Bench, recipe: Recipe) -> Role:
+    """Train a recipe; one that was trained already, but for less long, is continued."""
+    folder = bench.folder / "runs" / recipe.identity()
     run = Run.start(recipe, load_model(recipe))
-    if checkpoints(folder):
+    if checkpoints(folder) and latest_state(folder)[0]["update"] <= recipe.training.updates:
         run.restore(*latest_state(folder))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     write_text(folder / RECIPE_FILE, recipe.to_yaml())
     if run.update < recipe.training.updates:
         train(run, folder)

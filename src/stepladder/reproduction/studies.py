@@ -20,7 +20,8 @@ class Row:
     """One line of a table: sections of the bundled recipe, changed.
 
     kind: `student` trains the recipe; `naive` runs the base network, guided, through the recipe's ladder; `teacher` is the
-    base network at full length; `noised` lets the teacher finish real images noised as `strategy` says.
+    base network at full length; `noised` lets the teacher finish real images noised as `strategy` says · updates: where they
+    are not the study's.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Row:
     kind: Literal["student", "naive", "teacher", "noised"] = "student"
     strategy: str = ""
     timestep: float = 0.0
+    updates: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """A table: its rows, the orderings it should show, how many updates each row gets and what to know when reading it."""
+    """A table: its rows, the orderings it should show, how many updates each row gets and what to know when reading it.
+
+    unseen: judged by a second judge, which no training sees; the bundled one, which then may be a reward, beside it.
+    """
 
     title: str
     source: str
@@ -49,6 +54,7 @@ class Study:
     claims: tuple[Claim, ...]
     updates: int
     note: str = ""
+    unseen: bool = False
 
 
 def method(name: str, **settings: Any) -> dict[str, Any]:
@@ -114,6 +120,41 @@ def _better(row: str, others: Sequence[str], *figures: str) -> tuple[Claim, ...]
     return tuple(Claim(row, other, figure) for other in others for figure in figures or ("prompt_accuracy", "fid"))
 
 
+JUDGE = [{"name": "judge"}]
+COLD = {"updates": 60, "real_scale": 0.5, "renoise_bias": 2.0}
+
+
+def _rewarded(algorithm: str, **settings: Any) -> dict[str, Any]:
+    return {"rl": {"algorithm": algorithm, "rewards": JUDGE, **settings}, "cold_start": COLD}
+
+
+def _cold(name: str, start: Overrides | None, updates: int) -> Row:
+    return Row(f"{name}, {updates} updates", full("dmd2", cold_start=start), updates=updates)
+
+
+COLD_STARTS = {
+    "vanilla DMD": None,
+    "DynaDG": {"updates": 40, "real_scale": 0.5, "renoise_bias": 1.0},
+    "DynaDG + DynaRS": {"updates": 40, "real_scale": 0.5, "renoise_bias": 2.0},
+    "both, static": {
+        **{"updates": 40, "real_scale": 0.5, "renoise_bias": 2.0},
+        **{"real_scale_dynamic": False, "renoise_bias_dynamic": False},
+    },
+}
+ALGORITHMS = {"refl": "ReFL", "dpo": "DPO", "grpo": "GRPO"}
+INIT = Row("after the cold start", full("dmd2", cold_start=COLD), updates=60)
+DISTILLED = Row("distillation only", full("dmd2", cold_start=COLD))
+BOTH = {key: Row(f"distillation + {name}", full("dmd2", **_rewarded(key))) for key, name in ALGORITHMS.items()}
+ALONE = {key: Row(f"{name} only", full("dmd2", **_rewarded(key, alone=True))) for key, name in ALGORITHMS.items()}
+HACKED = tuple(
+    Row(f"{row.name}, {updates} updates", row.changes, updates=updates)
+    for row in (ALONE["refl"], BOTH["refl"])
+    for updates in (60, 80, 100, 140)
+)
+RMD_RL = {
+    "2+2": Row("RMD 2+2 + ReFL", rmd(**_rewarded("refl"))),
+    "2+1+1": Row("RMD 2+1+1 + ReFL", _divided(THREE, [-3.5, -2.5], **_rewarded("refl"))),
+}
 STUDIES = {
     "methods": Study(
         "Methods side by side",
@@ -226,5 +267,60 @@ STUDIES = {
         ),
         0,
         "Renders of held-out captions, noised to t; the teacher draws on from there.",
+    ),
+    "cold-start": Study(
+        "Cold starts",
+        "DMDR Table 4",
+        tuple(_cold(name, start, updates) for name, start in COLD_STARTS.items() for updates in (20, 40)),
+        tuple(
+            claim
+            for updates in (20, 40)
+            for other in ("vanilla DMD", "DynaDG", "both, static")
+            for claim in _better(f"DynaDG + DynaRS, {updates} updates", (f"{other}, {updates} updates",), "prompt_accuracy")
+        ),
+        40,
+    ),
+    "rl": Study(
+        "Distillation, rewards, and both",
+        "DMDR Table 5",
+        (TEACHER, INIT, DISTILLED, *ALONE.values(), *BOTH.values()),
+        (
+            *_better(BOTH["refl"].name, (TEACHER.name, DISTILLED.name), "prompt_accuracy"),
+            *(claim for key in ALGORITHMS for claim in _better(BOTH[key].name, (ALONE[key].name,))),
+        ),
+        120,
+        "DMD2 in four full-size steps; the reward is the bundled judge, the figures are those of a second judge.",
+        unseen=True,
+    ),
+    "hacking": Study(
+        "Reward against an unseen judge over training",
+        "DMDR Figure 10",
+        HACKED,
+        (
+            *_better(HACKED[-1].name, (HACKED[3].name,)),
+            Claim(HACKED[3].name, HACKED[0].name, "trained_judge"),
+        ),
+        140,
+        "Rewards begin after 60 updates.",
+        unseen=True,
+    ),
+    "diversity": Study(
+        "Diversity",
+        "DMDR Table 6",
+        (TEACHER, Row("DMD2", full("dmd2")), Row("DMDR (ReFL)", BOTH["refl"].changes)),
+        (*_better(TEACHER.name, ("DMD2", "DMDR (ReFL)"), "diversity"), Claim("DMD2", "DMDR (ReFL)", "diversity")),
+        120,
+        unseen=True,
+    ),
+    "rmd-rl": Study(
+        "RMD with rewards",
+        "nobody's table yet",
+        (TEACHER, Row("DMD2, 4 steps", full("dmd2")), RMD, THREE_RUNGS["2+1+1"], *RMD_RL.values()),
+        (
+            *_better(RMD_RL["2+2"].name, (TEACHER.name, RMD.name, "DMD2, 4 steps"), "prompt_accuracy"),
+            *_better(RMD_RL["2+1+1"].name, (THREE_RUNGS["2+1+1"].name, "DMD2, 4 steps"), "prompt_accuracy"),
+        ),
+        120,
+        unseen=True,
     ),
 }

@@ -196,13 +196,14 @@ def train_update(run: Run) -> dict[str, float]:
     figures: dict[str, float] = {}
     if run.update == method.config.rl_begins and run.roles.parameters(REFERENCE):
         load_parameters(run.roles, REFERENCE, dict(run.roles.parameters(STUDENT)))
-    count = method.config.fake_updates if method.trains_fake_score else 1
+    follows = method.trains_fake_score and method.distils_at(run.update)
+    count = method.config.fake_updates if follows else 1
     for index in range(count):
-        batch = run.batch(run.update * count + index)
+        batch = run.batch(run.update * method.config.fake_updates + index)
         # only the last sample also teaches the student
         with torch.set_grad_enabled(index == count - 1), autocast(run.device, training.precision):
             drawn = method.roll_out(run.roles, batch, run.update, run.generator)
-        if method.trains_fake_score:
+        if follows:
             with autocast(run.device, training.precision):
                 loss = method.fake_score_loss(run.roles, drawn, batch, run.generator)
             figures.update(_descend(run, FAKE_SCORE, loss))
@@ -317,7 +318,7 @@ def train(run: Run, folder: Path) -> None:
             figures = train_update(run)
             speed = (run.update - first) / (time.monotonic() - started)
             log.write(run.update, figures | {"updates_per_second": speed})
-            losses = " ".join(f"{role} {figures[f'{role}_loss']:.3f}" for role in run.optimizers)
+            losses = " ".join(f"{role} {figures[f'{role}_loss']:.3f}" for role in run.optimizers if f"{role}_loss" in figures)
             note = f"{losses} {speed:.2f} updates/s"
             bar.update(task, completed=run.update, note=note)
             if not console.is_terminal and run.update % 20 == 0:
