@@ -15,6 +15,7 @@ from stepladder.errors import UserError
 from stepladder.ladder import build_ladder, full_resolution
 from stepladder.losses.reinforcement import dpo_loss, group_advantages, grpo_loss, log_probability, refl_loss
 from stepladder.methods.reinforcement import RLTerm, dpo_term, grpo_term, transition
+from stepladder.methods.terms import Ground
 from stepladder.prediction import Prediction
 from stepladder.processes import FlowProcess
 from stepladder.renoise import renoise
@@ -109,7 +110,7 @@ def test_grpo_moves_a_gaussian_policy_towards_the_reward():
     score = lambda latents: -(latents.mean((1, 2, 3)) - 0.5).square()
     for _ in range(150):
         optimizer.zero_grad()
-        grpo_term(term, Toy(theta, 1000.0), FLOW, ladder, 1, prompts, score, "bilinear", draw).backward()
+        grpo_term(term, Ground(Toy(theta, 1000.0), FLOW, ladder, 1, prompts, draw), score, "bilinear").backward()
         optimizer.step()
     assert theta.item() == pytest.approx(0.5 / 0.9, abs=0.15)
 
@@ -124,7 +125,7 @@ def test_dpo_ranks_pairs_and_noises_them_alike():
     roles.reference = lambda x, t, c: seen.append(x) or inner(x, t, c)
     scores = lambda latents: latents.mean((1, 2, 3))
     prompts = Conditioning({"c": torch.zeros(4, 1)})
-    dpo_term(term, roles, FLOW, ladder, 1, prompts, scores, {"mix_within": 0.0}, torch.Generator().manual_seed(3))
+    dpo_term(term, Ground(roles, FLOW, ladder, 1, prompts, torch.Generator().manual_seed(3)), scores, {"mix_within": 0.0})
     chosen, rejected = seen[0].chunk(2)
     # the noise is the same, so what differs is (1 - sigma) times the images: the chosen ones are the brighter
     assert ((chosen - rejected).mean((1, 2, 3)) >= -1e-6).all()

@@ -68,6 +68,11 @@ class Role:
         return Prediction(torch.lerp(x0[0], x0[1], guidance_scale), torch.lerp(eps[0], eps[1], guidance_scale))
 
 
+def bound(role: Role, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Prediction]:
+    """A role with its prompts, as `cascade` calls it."""
+    return lambda x, timestep: role(x, timestep, conditioning)
+
+
 class Roles(Protocol):
     """Student, fake score and teacher, and the parameters of the two that learn; the student as it was, where one is kept."""
 

@@ -17,11 +17,11 @@ from stepladder.ladder import Ladder
 from stepladder.losses.adversarial import Discriminator
 from stepladder.methods.cold_start import ColdStart, biased
 from stepladder.methods.reinforcement import RLTerm, dpo_term, grpo_term, refl_term
-from stepladder.methods.terms import GANTerm, MMDTerm, discriminator_term, generator_term, mmd_term
+from stepladder.methods.terms import GANTerm, Ground, MMDTerm, discriminator_term, generator_term, mmd_term
 from stepladder.prediction import Prediction
 from stepladder.processes import Process
 from stepladder.resample import resize
-from stepladder.roles import Role, Roles
+from stepladder.roles import Roles, bound
 from stepladder.sampling import cascade, initial_noise
 
 
@@ -90,7 +90,6 @@ class MethodConfig(BaseModel):
     gan: GANTerm | None = Field(None, description="adversarial term on the fake score's features; needs data.images")
     mmd: MMDTerm | None = Field(None, description="MMD term on the frozen teacher's features; needs data.images")
     cold_start: ColdStart | None = Field(None, description="DMDR's cold start: a real score that leans, biased renoise times")
-
     rl: RLTerm | None = Field(None, description="reinforcement learning beside the distillation, or alone (DMDR)")
 
     @model_validator(mode="after")
@@ -152,12 +151,12 @@ class Method(ABC):
         """All that the fake score (and the discriminator's head) learns from."""
         loss = self.fake_score_matching(roles, sample, generator)
         if self.head is not None:
-            term = self.config.gan
-            real = batch.real(tuple(sample.x0.shape[2:]))
-            loss = loss + discriminator_term(
-                term, self.head, roles, self.process, sample.x0.detach(), real, batch.conditioning, generator
-            )
+            ground, real = self._ground(roles, batch, generator), batch.real(tuple(sample.x0.shape[2:]))
+            loss = loss + discriminator_term(self.config.gan, self.head, ground, sample.x0.detach(), real)
         return loss
+
+    def _ground(self, roles: Roles, batch: Batch, generator: torch.Generator) -> Ground:
+        return Ground(roles, self.process, self.ladder, self.channels, batch.conditioning, generator)
 
     def student_loss(self, roles: Roles, sample: Sample, batch: Batch, generator: torch.Generator) -> Tensor:
         """All that the student learns from."""
@@ -166,11 +165,11 @@ class Method(ABC):
             return loss
         if self.config.matching_weight:
             loss = self.config.matching_weight * self.student_matching(sample, *self.scores(roles, sample, batch.unconditional))
+        ground = self._ground(roles, batch, generator)
         if self.head is not None:
-            loss = loss + generator_term(self.config.gan, self.head, roles, self.process, sample.x0, batch.conditioning, generator)
+            loss = loss + generator_term(self.config.gan, self.head, ground, sample.x0)
         if self.config.mmd is not None:
-            real = batch.real(tuple(sample.x0.shape[2:]))
-            loss = loss + mmd_term(self.config.mmd, roles, self.process, sample.x0, real, batch.conditioning, generator)
+            loss = loss + mmd_term(self.config.mmd, ground, sample.x0, batch.real(tuple(sample.x0.shape[2:])))
         return loss
 
     def scores(self, roles: Roles, sample: Sample, unconditional: Conditioning) -> tuple[Prediction, Prediction]:
@@ -191,30 +190,26 @@ class Method(ABC):
 
     def reinforcement_loss(self, roles: Roles, sample: Sample, batch: Batch, generator: torch.Generator) -> Tensor | None:
         """What the student learns from rewards; nothing before the cold start is over."""
-        term, conditioning = self.config.rl, batch.conditioning
+        term = self.config.rl
         if term is None or sample.update < self.config.rl_begins:
             return None
         assert batch.score is not None
+        ground, options = self._ground(roles, batch, generator), self.sampler_options()
         if term.algorithm == "refl":
             return refl_term(resize(sample.x0, self.ladder.size), batch.score)
-        given = (term, roles, self.process, self.ladder, self.channels, conditioning, batch.score)
         if term.algorithm == "dpo":
-            return dpo_term(*given, self.sampler_options(), generator)
-        return grpo_term(*given, self.sampler_options().get("mode", "bilinear"), generator)
+            return dpo_term(term, ground, batch.score, options)
+        return grpo_term(term, ground, batch.score, options["mode"])
 
     def predict_at(self, roles: Roles, conditioning: Conditioning, index: int, generator: torch.Generator) -> Prediction:
         """Backward simulation: the steps before `index` without gradient, as in sampling; then the student with it."""
         batch, like = len(conditioning), next(iter(conditioning.tensors.values()))
         noise = initial_noise(self.ladder, batch, self.channels, generator, like)
         with torch.no_grad():
-            student = _bind(roles.student, conditioning)
+            student = bound(roles.student, conditioning)
             state = cascade(student, self.process, self.ladder, noise, generator, until=index, **self.sampler_options())
         clock = torch.tensor(self.ladder.steps[index].timestep, device=state.device)
         return roles.student(state, clock, conditioning)
-
-
-def _bind(role: Role, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Prediction]:
-    return lambda x, timestep: role(x, timestep, conditioning)
 
 
 def drawn(count: int, generator: torch.Generator) -> int:

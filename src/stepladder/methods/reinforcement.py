@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from stepladder.conditioning import Conditioning
-from stepladder.ladder import Ladder, Step
+from stepladder.ladder import Step
 from stepladder.losses.reinforcement import dpo_loss, group_advantages, grpo_loss, log_probability, refl_loss
+from stepladder.methods.terms import Ground
 from stepladder.prediction import Prediction
 from stepladder.processes import Process
 from stepladder.renoise import combine, gaussian
 from stepladder.resample import ResampleMode, resize
 from stepladder.rewards.base import RewardSpec
-from stepladder.roles import Role, Roles
+from stepladder.roles import Role, bound
 from stepladder.sampling import cascade, initial_noise
 
 Score = Callable[[Tensor], Tensor]
@@ -58,26 +59,17 @@ def refl_term(x0: Tensor, score: Score) -> Tensor:
     return refl_loss(score(x0))
 
 
-def dpo_term(
-    term: RLTerm,
-    roles: Roles,
-    process: Process,
-    ladder: Ladder,
-    channels: int,
-    conditioning: Conditioning,
-    score: Score,
-    options: dict[str, object],
-    generator: torch.Generator,
-) -> Tensor:
+def dpo_term(term: RLTerm, ground: Ground, score: Score, options: dict[str, Any]) -> Tensor:
     """DPO: two samples a prompt, ranked by reward, then told apart at one of the ladder's steps.
 
     Both images of a pair are noised alike to the step, and the student's predictions of them are compared with those of
     the reference: the student as it was when this term began.
     """
-    batch, like = len(conditioning), next(iter(conditioning.tensors.values()))
+    roles, process, ladder, generator = ground.roles, ground.process, ground.ladder, ground.generator
+    prompts, like = repeated(ground.conditioning, 2), next(iter(ground.conditioning.tensors.values()))
     with torch.no_grad():
-        noise = initial_noise(ladder, 2 * batch, channels, generator, like)
-        both = cascade(_bound(roles.student, repeated(conditioning, 2)), process, ladder, noise, generator, **options)  # type: ignore[arg-type]
+        noise = initial_noise(ladder, len(prompts), ground.channels, generator, like)
+        both = cascade(bound(roles.student, prompts), process, ladder, noise, generator, **options)
         first, second = both.chunk(2)
         better = score(first) >= score(second)
     pick = better.reshape(-1, *(1,) * (first.ndim - 1))
@@ -87,7 +79,7 @@ def dpo_term(
     fresh = gaussian(tuple(targets[0].shape), generator, targets[0])
     clock = torch.tensor(step.timestep, device=fresh.device)
     states = torch.cat([combine(process, target, fresh, clock) for target in targets])
-    goal, prompts = torch.cat([fresh, fresh]), repeated(conditioning, 2)
+    goal = torch.cat([fresh, fresh])
 
     def errors(role: Role) -> tuple[Tensor, Tensor]:
         found = (role(states, clock, prompts).eps - goal).float().square().flatten(1).mean(1).chunk(2)
@@ -98,27 +90,18 @@ def dpo_term(
     return dpo_loss(*errors(roles.student), *before, term.beta)
 
 
-def grpo_term(
-    term: RLTerm,
-    roles: Roles,
-    process: Process,
-    ladder: Ladder,
-    channels: int,
-    conditioning: Conditioning,
-    score: Score,
-    mode: ResampleMode,
-    generator: torch.Generator,
-) -> Tensor:
+def grpo_term(term: RLTerm, ground: Ground, score: Score, mode: ResampleMode) -> Tensor:
     """GRPO: groups of samples a prompt, drawn with fresh noise at every step, whose steps are made more or less probable.
 
     A step's state is N(alpha_t U(x0) + sigma_t m U(eps), sigma_t² (1 - m²)), m being `exploration`: the sampler's own
     renoise, so its log-probability is exact. The last step has no noise and so no probability: its reward reaches the
     steps before it. One of those is taken for the batch.
     """
-    prompts, like = repeated(conditioning, term.group), next(iter(conditioning.tensors.values()))
-    student, states = _bound(roles.student, prompts), []
+    process, ladder, generator = ground.process, ground.ladder, ground.generator
+    prompts, like = repeated(ground.conditioning, term.group), next(iter(ground.conditioning.tensors.values()))
+    student, states = bound(ground.roles.student, prompts), []
     with torch.no_grad():
-        x = initial_noise(ladder, len(prompts), channels, generator, like)
+        x = initial_noise(ladder, len(prompts), ground.channels, generator, like)
         for step, after in zip(ladder.steps, [*ladder.steps[1:], None], strict=True):
             prediction = student(x, torch.tensor(step.timestep, device=x.device))
             if after is None:
@@ -128,7 +111,7 @@ def grpo_term(
             onward = mean + deviation * gaussian(tuple(mean.shape), generator, mean)
             states.append((step, after, x, onward, log_probability(onward, mean, deviation)))
             x = onward
-    # members of a group are `len(conditioning)` rows apart
+    # members of a group are as many rows apart as the batch has prompts
     advantages = group_advantages(rewards.view(term.group, -1).T).T.flatten()
     step, after, x, onward, old = states[int(torch.randint(len(states), (), generator=generator))]
     mean, deviation = transition(process, student(x, torch.tensor(step.timestep, device=x.device)), after, term.exploration, mode)
@@ -140,7 +123,3 @@ def transition(process: Process, prediction: Prediction, after: Step, mix: float
     clock = torch.tensor(after.timestep, device=prediction.x0.device)
     x0, eps = resize(prediction.x0, after.size, mode), resize(prediction.eps, after.size, mode)
     return combine(process, x0, mix * eps, clock), process.sigma(clock) * (1 - mix**2) ** 0.5
-
-
-def _bound(role: Role, conditioning: Conditioning) -> Callable[[Tensor, Tensor], Prediction]:
-    return lambda x, timestep: role(x, timestep, conditioning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from stepladder.conditioning import Conditioning
+from stepladder.ladder import Ladder
 from stepladder.losses.adversarial import Discriminator, discriminator_loss, generator_loss
 from stepladder.losses.discrepancy import Kernel, pooled, squared_mmd
 from stepladder.processes import Process
@@ -40,6 +42,18 @@ class MMDTerm(BaseModel):
     timesteps: Timesteps = Field((0.0, 600.0), description="images are noised to a timestep in this interval; [0, 0] is none")
 
 
+@dataclass(frozen=True)
+class Ground:
+    """What every term stands on: the networks, the model's process, ladder and channels, a batch's prompts, randomness."""
+
+    roles: Roles
+    process: Process
+    ladder: Ladder
+    channels: int
+    conditioning: Conditioning
+    generator: torch.Generator
+
+
 def noised_alike(
     process: Process, images: list[Tensor], timesteps: Timesteps, generator: torch.Generator
 ) -> tuple[list[Tensor], Tensor]:
@@ -51,50 +65,26 @@ def noised_alike(
     return [combine(process, each, noise, timestep) for each in images], timestep
 
 
-def discriminator_term(
-    term: GANTerm,
-    head: Discriminator,
-    roles: Roles,
-    process: Process,
-    fake: Tensor,
-    real: Tensor,
-    conditioning: Conditioning,
-    generator: torch.Generator,
-) -> Tensor:
+def discriminator_term(term: GANTerm, head: Discriminator, ground: Ground, fake: Tensor, real: Tensor) -> Tensor:
     """What head and fake score learn: to tell the student's samples, (B, C, …), from images."""
-    (real, fake), timestep = noised_alike(process, [real, fake], term.timesteps, generator)
-    both = roles.fake_score.features(torch.cat([real, fake]), timestep.repeat(2), Conditioning.cat([conditioning] * 2))
+    (real, fake), timestep = noised_alike(ground.process, [real, fake], term.timesteps, ground.generator)
+    prompts = Conditioning.cat([ground.conditioning] * 2)
+    both = ground.roles.fake_score.features(torch.cat([real, fake]), timestep.repeat(2), prompts)
     return term.discriminator_weight * discriminator_loss(*head(both).chunk(2))
 
 
-def generator_term(
-    term: GANTerm,
-    head: Discriminator,
-    roles: Roles,
-    process: Process,
-    fake: Tensor,
-    conditioning: Conditioning,
-    generator: torch.Generator,
-) -> Tensor:
+def generator_term(term: GANTerm, head: Discriminator, ground: Ground, fake: Tensor) -> Tensor:
     """What the student learns from the discriminator; the gradient passes through the fake score and its head."""
-    (state,), timestep = noised_alike(process, [fake], term.timesteps, generator)
-    return term.weight * generator_loss(head(roles.fake_score.features(state, timestep, conditioning)))
+    (state,), timestep = noised_alike(ground.process, [fake], term.timesteps, ground.generator)
+    return term.weight * generator_loss(head(ground.roles.fake_score.features(state, timestep, ground.conditioning)))
 
 
-def mmd_term(
-    term: MMDTerm,
-    roles: Roles,
-    process: Process,
-    fake: Tensor,
-    real: Tensor,
-    conditioning: Conditioning,
-    generator: torch.Generator,
-) -> Tensor:
+def mmd_term(term: MMDTerm, ground: Ground, fake: Tensor, real: Tensor) -> Tensor:
     """SwD's L_MMD on the middle block of the frozen teacher; the gradient passes through the teacher to the sample."""
-    (fake, real), timestep = noised_alike(process, [fake, real], term.timesteps, generator)
-    seen = roles.teacher.features(fake, timestep, conditioning)
+    (fake, real), timestep = noised_alike(ground.process, [fake, real], term.timesteps, ground.generator)
+    seen = ground.roles.teacher.features(fake, timestep, ground.conditioning)
     with torch.no_grad():
-        wanted = roles.teacher.features(real, timestep, conditioning)
+        wanted = ground.roles.teacher.features(real, timestep, ground.conditioning)
     if term.pool == "batch":
         seen, wanted = pooled(seen), pooled(wanted)
     return term.weight * squared_mmd(wanted, seen, term.kernel, term.bandwidth).mean()
