@@ -27,7 +27,7 @@ class RMDConfig(MethodConfig):
     inference_alpha: Share = Field(1.0, description="the same in the sampler where resolution grows: 1.0, Wan 0.9")
     mix_within: Share | None = Field(
         None,
-        description="share of predicted noise where resolution stays; 1, the ODE, by default, less adds fresh noise",
+        description="share of predicted noise where resolution stays; the ODE's 1 by default, less adds fresh noise (not in the paper)",
     )
     warmup_steps: int = Field(50, ge=0, description="updates on the noisy half of the stages only")
     snr_cap: float = Field(5.0, gt=0, description="upper bound of the SNR weight of Eq. 9")
