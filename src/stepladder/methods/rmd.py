@@ -25,10 +25,6 @@ class RMDConfig(MethodConfig):
     name: Literal["rmd"] = "rmd"
     alpha: Share = Field(0.2, description="share of predicted noise in the loss, Eq. 10: 0.2 for images, 0.5 for Wan")
     inference_alpha: Share = Field(1.0, description="the same in the sampler where resolution grows: 1.0, Wan 0.9")
-    mix_within: Share | None = Field(
-        None,
-        description="share of predicted noise where resolution stays; the ODE's 1 by default, less adds fresh noise (not in the paper)",
-    )
     warmup_steps: int = Field(50, ge=0, description="updates on the noisy half of the stages only")
     snr_cap: float = Field(5.0, gt=0, description="upper bound of the SNR weight of Eq. 9")
     huber: float = Field(HUBER, gt=0, description="Pseudo-Huber constant: C = huber sqrt(d)")
@@ -49,14 +45,9 @@ class RMD(Method):
             raise UserError(f"method.stage_weights needs {wanted} numbers, one a stage, not {len(config.stage_weights)}")
 
     def sampler_options(self) -> dict[str, Any]:
-        """The ODE within a resolution, unless `mix_within` says otherwise; `inference_alpha` where it grows."""
+        """The ODE within a resolution, `inference_alpha` where it grows."""
         config = self.config
-        return {
-            "mix": config.inference_alpha,
-            "mode": config.resample,
-            "preserve_variance": config.preserve_variance,
-            "mix_within": 1.0 if config.mix_within is None else config.mix_within,
-        }
+        return {"mix": config.inference_alpha, "mode": config.resample, "preserve_variance": config.preserve_variance}
 
     def stages_at(self, update: int) -> int:
         """RMD Algorithm 1 line 13: floor(K/2) noisy stages, at least one, while warming up; then all K."""
