@@ -46,7 +46,7 @@ def recipe_file(folder: Path, **changes: object) -> Path:
         ({"training__updats": 3}, "unknown key training.updats; did you mean updates?"),
         ({"methd": {}}, "unknown key methd; did you mean method?"),
         ({"method": {"name": "rmd", "alfa": 0.1}}, "unknown key method.alfa; did you mean alpha?"),
-        ({"method": {"name": "rdm"}}, "unknown method 'rdm'; known methods: rmd"),
+        ({"method": {"name": "rdm"}}, "unknown method 'rdm'; known methods: dmd2, rmd, swd, tdm"),
         ({"training__updates": "many"}, "training.updates"),
         ({"training__batch_size": 0}, "training.batch_size"),
         ({"method": {"name": "rmd", "alpha": 1.5}}, "method.alpha: Input should be less than or equal to 1"),
