@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "stepladder"
 
 FLOORS = [
-    ["__init__", "errors", "prediction", "conditioning", "packing"],
+    ["__init__", "errors", "prediction", "conditioning", "packing", "discovery"],
     ["storage", "progress", "images", "precision", "fingerprint"],
     ["processes", "resample"],
     ["ladder", "renoise"],

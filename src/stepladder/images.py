@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import os
@@ -89,3 +90,8 @@ def png_bytes(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def png_address(content: bytes) -> str:
+    """PNG bytes as a data address, for pages that open offline."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()

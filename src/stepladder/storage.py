@@ -96,10 +96,19 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file beside and rename it, so that readers never see half of it."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file beside and rename it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".tmp")
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error}; choose a folder you may write to") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,18 +9,15 @@ import torch
 
 from stepladder.backbones.base import Backbone, Release
 from stepladder.backbones.loading import locate, read_blueprint, read_json, read_single_file
+from stepladder.discovery import classes_in
 from stepladder.errors import UserError
 
 
 @lru_cache(maxsize=1)
 def backbones() -> dict[str, type[Backbone]]:
     """All backbones by name: every class of this package's modules that names the pipeline it wraps."""
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, type) and issubclass(value, Backbone) and value is not Backbone:
-                found[value.name] = value
-    return found
+    kinds = (kind for _, kind in classes_in(__name__, __path__) if issubclass(kind, Backbone) and kind is not Backbone)
+    return {kind.name: kind for kind in kinds}
 
 
 def releases() -> dict[str, tuple[type[Backbone], Release]]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepladder.errors import UserError
-from stepladder.reporting.study import HEADINGS, cells, columns, time_cells, write_page
+from stepladder.reporting.study import HEADINGS, cells, columns, headings, write_page
 from stepladder.reproduction.runner import PICTURES, Bench, reproduce
 from stepladder.reproduction.studies import STUDIES
 
@@ -69,9 +69,9 @@ def _table(result: dict[str, Any]) -> Table:
     names = columns(result)
     table = Table(title=f"{result['title']} ({result['source']}), {len(result['seeds'])} seeds")
     table.add_column("")
-    for heading in [*(HEADINGS[name] for name in names), "passes", "ms / image"]:
+    for heading in headings(result):
         table.add_column(heading, justify="right")
     for row in result["rows"]:
-        texts = [f"{value} ± {spread}" if spread else value for value, spread in [*cells(row, names), *time_cells(row)]]
+        texts = [f"{value} ± {spread}" if spread else value for value, spread in cells(row, names)]
         table.add_row(row["name"], *texts)
     return table

@@ -38,8 +38,8 @@ class Exam:
     judge: Judge
 
 
-def set_exam(backbone: Backbone, count: int, seed: int, judge: Judge | None = None) -> Exam:
-    """Draw `count` held-out captions, and reference renders of other held-out scenes; the bundled judge judges, or `judge`."""
+def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
+    """Draw `count` held-out captions, and reference renders of other held-out scenes; the bundled judge judges."""
     scenes = draw_scenes(count, seed, held_out=True)
     prompts = captions(scenes, seed)
     others = draw_scenes(REFERENCES, seed + 1, held_out=True)
@@ -48,9 +48,7 @@ def set_exam(backbone: Backbone, count: int, seed: int, judge: Judge | None = No
     reference = torch.cat([render(others[start : start + 100], (height, width), generator) for start in range(0, REFERENCES, 100)])
     unconditional = backbone.unconditional()
     device = next(iter(unconditional.tensors.values())).device
-    return Exam(
-        scenes, prompts, encode_prompts(backbone, prompts).to(device), unconditional, reference, seed, judge or load_judge()
-    )
+    return Exam(scenes, prompts, encode_prompts(backbone, prompts).to(device), unconditional, reference, seed, load_judge())
 
 
 def enlarge(images: Tensor, exam: Exam) -> Tensor:

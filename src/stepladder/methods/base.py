@@ -215,8 +215,3 @@ class Method(ABC):
 def drawn(count: int, generator: torch.Generator) -> int:
     """A number below `count`, all alike probable."""
     return int(torch.randint(count, (), generator=generator))
-
-
-def uniform(low: float, high: float, batch: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    """(B,) timesteps uniform in [low, high]."""
-    return (low + (high - low) * torch.rand(batch, generator=generator)).to(like.device)

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor
 
 from stepladder.losses.matching import normalised_matching_loss
-from stepladder.methods.base import Batch, Method, MethodConfig, Sample, drawn, uniform
+from stepladder.methods.base import Batch, Method, MethodConfig, Sample, drawn
+from stepladder.methods.terms import uniform
 from stepladder.prediction import Prediction
 from stepladder.processes import TIMESTEPS
 from stepladder.renoise import combine, gaussian, renoise

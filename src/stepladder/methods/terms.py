@@ -54,13 +54,17 @@ class Ground:
     generator: torch.Generator
 
 
+def uniform(low: float, high: float, batch: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """(B,) timesteps uniform in [low, high]."""
+    return (low + (high - low) * torch.rand(batch, generator=generator)).to(like.device)
+
+
 def noised_alike(
     process: Process, images: list[Tensor], timesteps: Timesteps, generator: torch.Generator
 ) -> tuple[list[Tensor], Tensor]:
     """Latents (B, C, …) of several kinds noised to the same random timesteps (B,) with the same noise."""
     first = images[0]
-    low, high = timesteps
-    timestep = (low + (high - low) * torch.rand(len(first), generator=generator)).to(first.device)
+    timestep = uniform(*timesteps, len(first), generator, first)
     noise = gaussian(tuple(first.shape), generator, first)
     return [combine(process, each, noise, timestep) for each in images], timestep
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from stepladder.errors import UserError
+from stepladder.storage import write_bytes
 
 
 def spectrum_figure(result: dict[str, Any], path: Path) -> None:
@@ -40,10 +39,4 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG beside and rename it."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content.getvalue())
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; choose a folder you may write to") from error
+    write_bytes(path, content.getvalue())

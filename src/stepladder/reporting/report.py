@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from stepladder.conditioning import Conditioning
 from stepladder.evaluation.tables import cells, headings
 from stepladder.evaluation.world import Exam
 from stepladder.export import Student
-from stepladder.images import png_bytes
+from stepladder.images import png_address, png_bytes
 from stepladder.prediction import Prediction
 from stepladder.reporting.charts import line_chart
 from stepladder.samplers import sample
@@ -46,7 +45,7 @@ class Material:
 
 def embed(image: Tensor) -> str:
     """An image (3, H, W) as a data address."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode()
+    return png_address(png_bytes(image))
 
 
 def write_report(material: Material, path: Path) -> None:

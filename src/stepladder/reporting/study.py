@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
+from stepladder.images import png_address
 from stepladder.storage import write_text
 
 HEADINGS = {
@@ -26,21 +26,21 @@ def columns(result: dict[str, Any]) -> list[str]:
     return [name for name in HEADINGS if any(name in row for row in result["rows"])]
 
 
+def headings(result: dict[str, Any]) -> list[str]:
+    """Column titles after the row's name."""
+    return [*(HEADINGS[name] for name in columns(result)), "passes", "ms / image"]
+
+
 def cells(row: dict[str, Any], names: Sequence[str]) -> list[tuple[str, str]]:
-    """Mean and deviation of each figure as text."""
+    """Mean and deviation of each figure as text, then passes, and network milliseconds where they were measured."""
     texts = []
     for name in names:
         digits = DIGITS.get(name, 3)
         found = row.get(name)
         texts.append((f"{found['mean']:.{digits}f}", f"{found['spread']:.{digits}f}") if found else ("", ""))
-    return texts
-
-
-def time_cells(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """Passes, and network milliseconds for an image where they were measured."""
     seconds = row.get("seconds_an_image")
     passes = str(row["runs"][0]["nfe"]) if row["runs"] else ""
-    return [(passes, ""), (f"{1000 * seconds:.1f}" if seconds else "", "")]
+    return [*texts, (passes, ""), (f"{1000 * seconds:.1f}" if seconds else "", "")]
 
 
 def write_page(result: dict[str, Any], pictures: dict[str, Path], captions: Sequence[str], path: Path) -> None:
@@ -54,10 +54,10 @@ def write_page(result: dict[str, Any], pictures: dict[str, Path], captions: Sequ
     page = environment.get_template("study.html").render(
         result=result,
         note=f"Mean over {len(result['seeds'])} seeds of {result['captions_a_seed']} held-out captions each.",
-        headings=[*(HEADINGS[name] for name in names), "passes", "ms / image"],
-        rows=[(row["name"], [*cells(row, names), *time_cells(row)]) for row in result["rows"]],
+        headings=headings(result),
+        rows=[(row["name"], cells(row, names)) for row in result["rows"]],
         claims=[{**claim, "said": _said(claim), "figure": HEADINGS[claim["figure"]]} for claim in result["claims"]],
-        pictures=[(name, _embed(file)) for name, file in pictures.items()],
+        pictures=[(name, png_address(file.read_bytes())) for name, file in pictures.items()],
         captions=" · ".join(captions),
         made=f"{result['updates']} updates of {result['batch_size']} a row and seed; seeds {', '.join(map(str, result['seeds']))}; "
         f"{result['seconds'] / 60:.0f} min in all on {result['machine']}. Milliseconds are the network's, batch 64, median of "
@@ -69,7 +69,3 @@ def write_page(result: dict[str, Any], pictures: dict[str, Path], captions: Sequ
 def _said(claim: dict[str, Any]) -> str:
     digits = DIGITS.get(claim["figure"], 3)
     return f"{claim['difference']:+.{digits}f} ± {claim['standard_error']:.{digits}f}"
-
-
-def _embed(file: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from stepladder.discovery import classes_in
 from stepladder.errors import UserError
 from stepladder.rewards.base import Reward, RewardSpec
 
@@ -17,12 +16,7 @@ from stepladder.rewards.base import Reward, RewardSpec
 @lru_cache(maxsize=1)
 def rewards() -> dict[str, type[Reward]]:
     """All rewards by name: every class of this package's modules that has one."""
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, type) and issubclass(value, Reward) and value.name:
-                found[value.name] = value
-    return found
+    return {kind.name: kind for _, kind in classes_in(__name__, __path__) if issubclass(kind, Reward) and kind.name}
 
 
 class WeightedSum(Reward):

@@ -124,6 +124,11 @@ class Run:
 
         return at
 
+    @property
+    def images_digest(self) -> str:
+        """Which images the run has; empty without any."""
+        return self.images.digest if self.images is not None else ""
+
     def state(self) -> dict[str, Any]:
         """Everything the next update depends on."""
         return {
@@ -131,7 +136,7 @@ class Run:
             "identity": self.recipe.identity(),
             "base": self.base,
             "prompts": self.prompts.digest,
-            "images": self.images.digest if self.images is not None else "",
+            "images": self.images_digest,
             "weights": {role: dict(self.roles.parameters(role)) for role in (*self.optimizers, REFERENCE)},
             "head": dict(self.method.head.named_parameters()) if self.method.head is not None else {},
             "average": self.average,
@@ -149,7 +154,7 @@ class Run:
             ("identity", self.recipe.identity(), "recipe"),
             ("base", self.base, "model"),
             ("prompts", self.prompts.digest, "prompts"),
-            ("images", self.images.digest if self.images is not None else "", "images"),
+            ("images", self.images_digest, "images"),
         )
         for key, value, name in own:
             if state.get(key) != value:
@@ -221,10 +226,12 @@ def train_update(run: Run) -> dict[str, float]:
 def _descend(run: Run, role: str, loss: Tensor, wanted: Tensor | None = None) -> dict[str, float]:
     """One step of a role's optimiser down `loss`; `wanted` is the loss of reinforcement learning beside it."""
     parameters = learning(run.roles, run.method, role)
-    if wanted is None:
+    more: dict[str, float] = {}
+    if wanted is not None:
+        more = backward_both(run.method.config.rl, parameters, loss, wanted)
+    else:
         # an adversarial student loss passes through the fake score, which must not learn from it
         loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
-    more = backward_both(run.method.config.rl, parameters, loss, wanted) if wanted is not None else {}
     norm = torch.nn.utils.clip_grad_norm_(parameters, run.recipe.training.max_grad_norm)
     value, size = loss.item(), norm.item()
     if not (math.isfinite(value) and math.isfinite(size)):
