@@ -13,8 +13,8 @@ SOURCE = ROOT / "src" / "stepladder"
 
 FLOORS = [
     ["__init__", "errors", "prediction", "conditioning", "packing", "discovery"],
-    ["storage", "progress", "images", "precision", "fingerprint"],
-    ["processes", "resample"],
+    ["storage", "progress", "precision", "fingerprint"],
+    ["images", "processes", "resample"],
     ["ladder", "renoise"],
     ["sampling"],
     ["scheduler", "losses"],

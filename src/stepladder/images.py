@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
-import os
 from pathlib import Path
 
 import av
@@ -14,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from stepladder.errors import UserError
+from stepladder.storage import written_beside
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -44,40 +42,23 @@ def still(images: Tensor) -> Tensor:
 
 
 def save_video(video: Tensor, path: Path, frames_per_second: int = 16) -> None:
-    """Write one video, (3, T, H, W) in [-1, 1], as H.264 in mp4, beside and renamed.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write one video, (3, T, H, W) in [-1, 1], as H.264 in mp4; UserError where it cannot be written."""
     frames = to_uint8(video).permute(1, 2, 3, 0).cpu().numpy()
-    beside = path.with_name(path.stem + ".tmp.mp4")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(beside), "w") as container:
-            stream = container.add_stream("libx264", rate=frames_per_second)
-            stream.height, stream.width = frames.shape[1], frames.shape[2]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "18"}
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
-        os.replace(beside, path)
-    except (OSError, av.error.FFmpegError) as error:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; choose a folder you may write to") from error
+    with written_beside(path, av.error.FFmpegError) as beside, av.open(str(beside), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=frames_per_second)
+        stream.height, stream.width = frames.shape[1], frames.shape[2]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "18"}
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
 
 
 def save_image(image: Tensor, path: Path) -> None:
-    """Write one PNG beside and rename it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
+    """Write one PNG; UserError where it cannot be written."""
+    with written_beside(path) as beside:
         to_pil(image).save(beside, format="PNG")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; choose a folder you may write to") from error
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +43,34 @@ def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
     return content
 
 
-def save_tree(path: Path, tree: Any) -> None:
-    """Write a tree of dicts, lists, tensors and JSON values so that `path` is always either the old file or the new one.
+@contextlib.contextmanager
+def written_beside(path: Path, *errors: type[Exception]) -> Iterator[Path]:
+    """A path to write to, which becomes `path` once it is whole and on the disk: readers see the old file or the new one.
+
+    errors: what else the writer raises where it cannot write.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file is untouched.
     """
-    tensors: dict[str, Tensor] = {}
-    packed = _pack(tree, tensors)
     beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(beside), metadata={TREE_KEY: json.dumps(packed)})
+        yield beside
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+    except (OSError, *errors) as error:  # type: ignore[misc]
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}; free some space or choose a folder you may write to") from error
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write a tree of dicts, lists, tensors and JSON values; UserError where it cannot be written."""
+    tensors: dict[str, Tensor] = {}
+    packed = _pack(tree, tensors)
+    with written_beside(path, SafetensorError) as beside:
+        save_file(tensors, str(beside), metadata={TREE_KEY: json.dumps(packed)})
 
 
 def load_tree(path: Path) -> Any:
@@ -79,39 +91,20 @@ def load_tree(path: Path) -> Any:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as one plain safetensors file, beside and renamed.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Write tensors as one plain safetensors file; UserError where it cannot be written."""
+    with written_beside(path, SafetensorError) as beside:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(beside))
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; free some space or choose another folder") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file beside and rename it, so that readers never see half of it."""
+    """Write a text file; UserError where it cannot be written."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file beside and rename it.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
+    """Write a file; UserError where it cannot be written."""
+    with written_beside(path) as beside:
         beside.write_bytes(content)
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; choose a folder you may write to") from error
 
 
 def replace_folder(beside: Path, folder: Path, ours: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from stepladder.errors import UserError
+from stepladder.storage import written_beside
 
 PICTURES = ("png", "jpg", "jpeg", "webp")
 VIDEOS = ("mp4",)
@@ -118,26 +118,13 @@ def _frames(content: io.BytesIO, size: tuple[int, ...]) -> list[Image.Image]:
 
 
 def write_shard(path: Path, samples: Sequence[tuple[str, dict[str, bytes]]]) -> None:
-    """Write samples, (stem, content by file ending), as one shard, beside and renamed: a shard is whole or not there.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(beside, "w") as archive:
-            for stem, contents in samples:
-                for kind, content in contents.items():
-                    member = tarfile.TarInfo(f"{stem}.{kind}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}; free some space or choose another folder") from error
+    """Write samples, (stem, content by file ending), as one shard: whole or not there; UserError where it cannot be written."""
+    with written_beside(path) as beside, tarfile.open(beside, "w") as archive:
+        for stem, contents in samples:
+            for kind, content in contents.items():
+                member = tarfile.TarInfo(f"{stem}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
 
 
 def facts(**values: Any) -> bytes:
