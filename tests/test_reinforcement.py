@@ -21,7 +21,7 @@ from stepladder.processes import FlowProcess
 from stepladder.renoise import renoise
 from stepladder.roles import FAKE_SCORE, REFERENCE, STUDENT
 from stepladder.training.rewarding import Rewarder, cropped
-from stepladder.training.trainer import Run, backward_both, latest_state, train, train_update
+from stepladder.training.trainer import Run, backward_both, begin, latest_state, train, train_update
 
 FLOW = FlowProcess()
 BRIGHT = {"name": "function", "function": "test_reinforcement:brightness", "differentiable": True}
@@ -226,3 +226,56 @@ def test_what_reinforcement_cannot_do_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded as AutoencoderTiny"):
         start(tmp_path, rl={"rewards": [BRIGHT], "decoder": str(tmp_path)})
     assert Rewarder.of(RLTerm(algorithm="grpo", rewards=[blind]), backbones()["sd3"].tiny(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("algorithm", ["refl", "dpo"])
+def test_rewards_that_start_from_another_run_are_rewards_after_a_cold_start(tmp_path, algorithm):
+    """Two recipes for the same thing: one run with a cold start, or a distillation and a second run that goes on from it."""
+    wanted = {"rl": {"algorithm": algorithm, "rewards": [BRIGHT]}}
+    neutral = {"updates": 2, "real_scale": 0.0, "renoise_bias": 1.0}
+    whole = start(tmp_path, **wanted, cold_start=neutral)
+    for _ in range(4):
+        train_update(whole)
+    first = start(tmp_path)
+    first.recipe.training.updates = 2
+    train(first, tmp_path / "first")
+    second = start(tmp_path, **wanted)
+    second.recipe.training.start_from = tmp_path / "first"
+    second.recipe.training.updates = 4
+    begin(second, tmp_path / "second")
+    assert second.update == 2
+    train(second, tmp_path / "second")
+    for role in (STUDENT, FAKE_SCORE, REFERENCE):
+        for name, parameter in second.roles.parameters(role).items():
+            assert torch.equal(parameter, whole.roles.parameters(role)[name])
+    assert all(torch.equal(tensor, whole.average[name]) for name, tensor in second.average.items())
+
+
+def test_a_start_must_fit_and_leave_something_to_do(tmp_path):
+    first = start(tmp_path)
+    first.recipe.training.updates = 1
+    train(first, tmp_path / "first")
+    second = start(tmp_path)
+    second.recipe.training.start_from = tmp_path / "first"
+    second.recipe.training.updates = 1
+    with pytest.raises(UserError, match="has 1 updates already"):
+        begin(second, tmp_path / "second")
+    second.base = "another"
+    with pytest.raises(UserError, match="another model"):
+        begin(second, tmp_path / "second")
+    second.recipe.training.start_from = tmp_path / "nowhere"
+    with pytest.raises(UserError, match="no checkpoint"):
+        begin(second, tmp_path / "second")
+
+
+def test_a_start_without_a_fake_score_leaves_the_new_one_at_the_teacher(tmp_path):
+    first = start(tmp_path, matching_weight=0.0, rl={"rewards": [BRIGHT]})
+    first.recipe.training.updates = 1
+    train(first, tmp_path / "first")
+    second = start(tmp_path)
+    second.recipe.training.start_from = tmp_path / "first"
+    second.recipe.training.updates = 2
+    before = {name: p.detach().clone() for name, p in second.roles.parameters(FAKE_SCORE).items()}
+    begin(second, tmp_path / "second")
+    assert all(torch.equal(p, before[name]) for name, p in second.roles.parameters(FAKE_SCORE).items())
+    assert math.isfinite(train_update(second)["fake_score_loss"])

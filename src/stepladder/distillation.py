@@ -15,7 +15,7 @@ from stepladder.precision import pick_device, weight_dtype
 from stepladder.scheduler import LadderScheduler
 from stepladder.storage import write_text
 from stepladder.training.recipe import Recipe
-from stepladder.training.trainer import RECIPE_FILE, Run, check_folder, checkpoints, latest_state, train
+from stepladder.training.trainer import RECIPE_FILE, Run, begin, check_folder, train
 from stepladder.world.paths import resolve_model
 
 BUNDLED_STEPS = 28
@@ -37,8 +37,7 @@ def distill(recipe: Recipe, folder: Path, resume: bool = False) -> Path:
     """
     check_folder(folder, recipe, resume)
     run = Run.start(recipe, load_model(recipe))
-    if checkpoints(folder):
-        run.restore(*latest_state(folder))
+    begin(run, folder)
     write_text(folder / RECIPE_FILE, recipe.to_yaml())
     train(run, folder)
     return export_run(run, folder / "student")
@@ -81,7 +80,8 @@ def dry_run(recipe: Recipe) -> list[str]:
         f"model: {recipe.model.path} ({backbone.pipeline_class}, {plan.parameters / 1e6:.1f} M parameters)",
         f"ladder: {ladder.allocation()}, " + ", ".join(f"t={s.timestep:.0f} at {'x'.join(map(str, s.size))}" for s in ladder.steps),
         f"method: {recipe.method['name']}, roles: {recipe.roles.mode}",
-        f"data: {_prompts(recipe)}, {training.updates} updates of {training.batch_size}",
+        f"data: {_prompts(recipe)}, {training.updates} updates of {training.batch_size}"
+        + (f", counting those of {training.start_from}, where it starts" if training.start_from is not None else ""),
         f"memory to train at this batch: about {memory[mode] / 2**30:.1f} GiB; fits {cards}",
         f"speed: {plan.speedup_over_teacher:.1f} × the teacher's ({steps} steps{'' if backbone.embeds_guidance else ', guided'})",
     ]

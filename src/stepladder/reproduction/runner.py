@@ -35,7 +35,7 @@ from stepladder.sampling import cascade
 from stepladder.storage import save_tensors, write_text
 from stepladder.synthesis import Synthesis, synthesize
 from stepladder.training.recipe import Recipe, parse_recipe
-from stepladder.training.trainer import RECIPE_FILE, Run, build_method, checkpoints, latest_state, train
+from stepladder.training.trainer import RECIPE_FILE, Run, begin, build_method, checkpoints, latest_state, train
 from stepladder.world.captions import captions
 from stepladder.world.judge import Judge, load_judge, train_judge
 from stepladder.world.paths import BUNDLED
@@ -107,7 +107,15 @@ class Bench:
         tree["data"] = {"images": str(self.images.resolve())} if wants_images else {"prompts": str(self.prompts.resolve())}
         size = {"updates": max(1, updates), "batch_size": BATCH, "seed": seed, "sample_every": 0, "checkpoint_every": 50}
         tree["training"] = {**tree["training"], **size}
+        if row.begin is not None:
+            tree["training"]["start_from"] = str(self.begun(row.begin, seed)[1].resolve())
         return parse_recipe(tree)
+
+    def begun(self, row: Row, seed: int) -> tuple[Recipe, Path]:
+        """The recipe of a row that others begin with, and the folder where it is trained, for so long and no longer."""
+        assert row.updates is not None
+        recipe = self.recipe(row, seed, self.updates or row.updates)
+        return recipe, self.folder / "runs" / f"{recipe.identity()}-{recipe.training.updates}"
 
 
 def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
@@ -123,7 +131,7 @@ def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
     if row.kind == "noised":
         figures, images = _finish_noised(bench, row, seed)
     else:
-        role = _train(bench, recipe) if row.kind == "student" else _base_role(bench)
+        role = _train(bench, row, recipe) if row.kind == "student" else _base_role(bench)
         exam = bench.exam(seed, study.unseen)
         figures, images = examine(sampler_of(bench, row, recipe, role), bench.backbone, exam)
         if study.unseen:
@@ -136,21 +144,32 @@ def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
 
 def _key(bench: Bench, study: Study, row: Row, recipe: Recipe) -> str:
     words = (f"-{row.strategy}{row.timestep:.0f}" if row.kind == "noised" else "") + ("-unseen" if study.unseen else "")
-    return f"{row.kind}{words}-{recipe.identity()}-{recipe.training.updates}-{bench.count}"
+    return f"{row.kind}{words}-{_named(bench, row, recipe)}-{recipe.training.updates}-{bench.count}"
+
+
+def _named(bench: Bench, row: Row, recipe: Recipe) -> str:
+    """What a row's training depends on but its length: its recipe, and that of the row that it begins with."""
+    if row.begin is None:
+        return recipe.identity()
+    return f"{recipe.identity()}-after-{bench.begun(row.begin, recipe.training.seed)[1].name}"
 
 
 def _base_role(bench: Bench) -> Role:
     return Role(bench.backbone, bench.backbone.network)
 
 
-def _train(bench: Bench, recipe: Recipe) -> Role:
-    """Train a recipe; one that was trained already, but for less long, is continued."""
-    folder = bench.folder / "runs" / recipe.identity()
+def _train(bench: Bench, row: Row, recipe: Recipe) -> Role:
+    """Train a row, after the row that it begins with; what was trained already, but for less long, is continued."""
+    if row.begin is not None:
+        _train_in(*bench.begun(row.begin, recipe.training.seed))
+    return _train_in(recipe, bench.folder / "runs" / _named(bench, row, recipe))
+
+
+def _train_in(recipe: Recipe, folder: Path) -> Role:
     run = Run.start(recipe, load_model(recipe))
-    if checkpoints(folder) and latest_state(folder)[0]["update"] <= recipe.training.updates:
-        run.restore(*latest_state(folder))
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    if checkpoints(folder) and latest_state(folder)[0]["update"] > recipe.training.updates:
+        shutil.rmtree(folder)
+    begin(run, folder)
     write_text(folder / RECIPE_FILE, recipe.to_yaml())
     if run.update < recipe.training.updates:
         train(run, folder)

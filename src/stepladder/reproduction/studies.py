@@ -30,6 +30,7 @@ class Row:
     strategy: str = ""
     timestep: float = 0.0
     updates: int | None = None
+    begin: Row | None = None
 
 
 @dataclass(frozen=True)

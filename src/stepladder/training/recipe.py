@@ -20,7 +20,7 @@ from stepladder.ladder import PRESETS, Boundary, Ladder, ResolutionShift, build_
 from stepladder.methods import methods
 
 FREE_KEYS = (
-    *("updates", "checkpoint_every", "keep_checkpoints", "sample_every"),
+    *("start_from", "updates", "checkpoint_every", "keep_checkpoints", "sample_every"),
     *("student_learning_rate", "fake_score_learning_rate"),
 )
 
@@ -106,6 +106,11 @@ class DataPart(Part):
 class TrainingPart(Part):
     """The loop; the defaults are the paper's for images."""
 
+    start_from: Path | None = Field(
+        None,
+        description="the folder of another run on the same model: its newest checkpoint is the beginning, instead of the teacher's "
+        "weights, and its updates count",
+    )
     updates: int = Field(1000, ge=1, description="student updates")
     batch_size: int = Field(32, ge=1)
     student_learning_rate: float = Field(4e-6, gt=0)
@@ -154,7 +159,10 @@ class Recipe(Part):
         return methods()[self.method["name"]].Config.model_validate(self.method)
 
     def identity(self) -> str:
-        """A hash of what a checkpoint depends on: everything but learning rates, how long to train and what to write when."""
+        """A hash of what a checkpoint's next update depends on.
+
+        Left out: learning rates, where training began and how long it shall last, and what is written when.
+        """
         # prompts and images are known by their digests, wherever they lie
         content = self.model_dump(mode="json", exclude={"data": {"prompts", "images"}})
         for free in FREE_KEYS:
@@ -190,7 +198,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     recipe = parse_recipe(tree)
-    for part, key in ((recipe.data, "prompts"), (recipe.data, "images"), (recipe.model, "weights")):
+    for part, key in (
+        *((recipe.data, "prompts"), (recipe.data, "images"), (recipe.model, "weights"), (recipe.training, "start_from")),
+    ):
         if getattr(part, key) is not None:
             setattr(part, key, (path.parent / getattr(part, key).expanduser()).resolve())
     beside = (path.parent / Path(recipe.model.path).expanduser()).resolve()

@@ -162,12 +162,31 @@ class Run:
         if self.method.head is not None:
             load_tensors(dict(self.method.head.named_parameters()), state["head"])
         load_parameters(self.roles, REFERENCE, state["weights"][REFERENCE])
-        for role in self.optimizers:
+        self._take_over(state, list(self.optimizers))
+
+    def go_on_from(self, state: dict[str, Any], path: Path) -> None:
+        """Begin where another recipe's run was: its student and, where both train one, its fake score.
+
+        The references of reinforcement learning are that student; a discriminator's head begins anew.
+
+        Raises:
+            UserError: the checkpoint's model or adapters are not this recipe's.
+        """
+        if state.get("base") != self.base:
+            raise UserError(f"{path} was trained on another model; start from a run on this recipe's model")
+        load_parameters(self.roles, REFERENCE, state["weights"][STUDENT] if self.roles.parameters(REFERENCE) else {})
+        self._take_over(state, [role for role in self.optimizers if role in state["weights"]])
+
+    def _take_over(self, state: dict[str, Any], roles: Sequence[str]) -> None:
+        """Weights of roles, their optimisers' moments where the same parameters learn, average, generator and update."""
+        for role in roles:
             load_parameters(self.roles, role, state["weights"][role])
-            rates = [group["lr"] for group in self.optimizers[role].param_groups]
-            self.optimizers[role].load_state_dict(state["optimizers"][role])
-            for group, rate in zip(self.optimizers[role].param_groups, rates, strict=True):
-                group["lr"] = rate
+            saved, groups = state["optimizers"][role], self.optimizers[role].param_groups
+            if [len(group["params"]) for group in groups] == [len(group["params"]) for group in saved["param_groups"]]:
+                rates = [group["lr"] for group in groups]
+                self.optimizers[role].load_state_dict(saved)
+                for group, rate in zip(self.optimizers[role].param_groups, rates, strict=True):
+                    group["lr"] = rate
         self.average = {name: tensor.to(self.device) for name, tensor in state["average"].items()}
         self.generator.set_state(state["generator"])
         self.update = state["update"]
@@ -340,6 +359,24 @@ def train(run: Run, folder: Path) -> None:
     log.close()
 
 
+def begin(run: Run, folder: Path) -> None:
+    """Bring a new run to where it begins: its own newest checkpoint, the run that its recipe starts from, or nothing.
+
+    Raises:
+        UserError: a checkpoint belongs to something else, or the run to start from has gone as far as this one shall go.
+    """
+    start = run.recipe.training.start_from
+    if checkpoints(folder):
+        run.restore(*latest_state(folder))
+    elif start is not None:
+        run.go_on_from(*latest_state(start))
+        if run.update >= run.recipe.training.updates:
+            raise UserError(
+                f"{start} has {run.update} updates already, and training.updates, {run.recipe.training.updates}, counts them too; "
+                "set it higher"
+            )
+
+
 def latest_state(folder: Path) -> tuple[dict[str, Any], Path]:
     """The newest checkpoint of a run that can be read.
 
@@ -351,4 +388,4 @@ def latest_state(folder: Path) -> tuple[dict[str, Any], Path]:
             return load_tree(path), path
         except UserError as error:
             console.print(f"skipping a checkpoint: {error}")
-    raise UserError(f"{folder} has no checkpoint that can be read; start it anew in another folder")
+    raise UserError(f"{folder} has no checkpoint that can be read; start anew, or name the folder of a run that has some")
