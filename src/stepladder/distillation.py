@@ -46,7 +46,7 @@ def distill(recipe: Recipe, folder: Path, resume: bool = False) -> Path:
 def export_run(run: Run, folder: Path, figures: dict[str, Any] | None = None) -> Path:
     """Export a run's averaged student; `figures`, what `evaluate` measured, go into its card."""
     recipe, ladder = run.recipe, run.ladder
-    options: dict[str, Any] = run.method.sampler_options()
+    options: dict[str, Any] = run.method.config.sampler_options()
     scheduler = LadderScheduler.of(ladder, run.backbone.process, run.backbone.packs_latents, **options)
     card = {
         "model": recipe.model.path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 from stepladder.backbones.base import Backbone
 from stepladder.errors import UserError
 from stepladder.ladder import Ladder, full_resolution
-from stepladder.precision import synchronize
+from stepladder.precision import machine, synchronize
 from stepladder.progress import progress_bar
 from stepladder.roles import Role
 from stepladder.samplers import Sampler, sample
@@ -119,13 +118,10 @@ def _decoding(backbone: Backbone, ladder: Ladder, batch: int) -> Callable[[], An
 
 def facts(device: torch.device, setup: LatencySetup) -> dict[str, Any]:
     """Date, card, versions and options: what a figure of latency is worth nothing without."""
-    card = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
     peak = {"peak_memory_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
     return {
         "date": date.today().isoformat(),
-        "device": card,
+        "device": machine(device),
         "versions": {name: version(name).split("+")[0] for name in ("torch", "diffusers")},
         "options": dict(vars(setup)),
         **peak,

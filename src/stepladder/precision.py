@@ -37,12 +37,16 @@ def weight_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def machine(device: torch.device) -> str:
+    """A device in words: the card, or the processor and how many of its threads are used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
 def describe(device: torch.device) -> str:
     """The machine and the versions that a figure of time was measured with, in words."""
-    place = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    return ", ".join([place, *(f"{name} {version(name).split('+')[0]}" for name in ("torch", "diffusers", "peft"))])
+    return ", ".join([machine(device), *(f"{name} {version(name).split('+')[0]}" for name in ("torch", "diffusers", "peft"))])
 
 
 def synchronize(device: torch.device) -> None:

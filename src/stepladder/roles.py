@@ -107,6 +107,8 @@ class AdapterRoles:
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(config, self.network, adapter_name=name)
         self.layers = [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+        # found once: a walk over a large network takes longer than one would think, and optimisers ask at every step
+        self.adapters = {name: self._adapter(name) for name in kept}
         for name in kept:
             for parameter in self.parameters(name).values():
                 parameter.requires_grad_(name in TRAINED)
@@ -151,6 +153,9 @@ class AdapterRoles:
 
     def parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The adapter's LoRA matrices, by their name without the adapter's."""
+        return self.adapters.get(role, {})
+
+    def _adapter(self, role: str) -> dict[str, nn.Parameter]:
         mark = f".{role}."
         return {name.replace(mark, "."): p for name, p in self.network.named_parameters() if "lora_" in name and mark in name}
 

@@ -98,6 +98,10 @@ class MethodConfig(BaseModel):
             raise ValueError("matching_weight is 0 and there is neither gan, mmd nor rl: nothing would be learned; add a term")
         return self
 
+    def sampler_options(self) -> dict[str, Any]:
+        """What `cascade` needs to sample as in training."""
+        raise NotImplementedError
+
     @property
     def rl_begins(self) -> int:
         """The update at which reinforcement learning begins: the cold start's end."""
@@ -130,10 +134,6 @@ class Method(ABC):
         """Whether the student still learns from the teacher, which it does not once rewards are alone."""
         term = self.config.rl
         return term is None or not term.alone or update < self.config.rl_begins
-
-    @abstractmethod
-    def sampler_options(self) -> dict[str, Any]:
-        """What `cascade` needs to sample as in training."""
 
     @abstractmethod
     def roll_out(self, roles: Roles, batch: Batch, update: int, generator: torch.Generator) -> Sample:
@@ -194,7 +194,7 @@ class Method(ABC):
         if term is None or sample.update < self.config.rl_begins:
             return None
         assert batch.score is not None
-        ground, options = self._ground(roles, batch, generator), self.sampler_options()
+        ground, options = self._ground(roles, batch, generator), self.config.sampler_options()
         if term.algorithm == "refl":
             return refl_term(resize(sample.x0, self.ladder.size), batch.score)
         if term.algorithm == "dpo":
@@ -207,7 +207,7 @@ class Method(ABC):
         noise = initial_noise(self.ladder, batch, self.channels, generator, like)
         with torch.no_grad():
             student = bound(roles.student, conditioning)
-            state = cascade(student, self.process, self.ladder, noise, generator, until=index, **self.sampler_options())
+            state = cascade(student, self.process, self.ladder, noise, generator, until=index, **self.config.sampler_options())
         clock = torch.tensor(self.ladder.steps[index].timestep, device=state.device)
         return roles.student(state, clock, conditioning)
 

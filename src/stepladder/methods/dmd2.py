@@ -27,6 +27,10 @@ class DMD2Config(MethodConfig):
     timesteps: tuple[float, float] = Field((20.0, 980.0), description="the student's samples are renoised uniformly in between")
     resample: ResampleMode = Field("bilinear", description="kernel of U, on ladders of several rungs")
 
+    def sampler_options(self) -> dict[str, Any]:
+        """Stochastic multistep sampling: fresh noise at every step (DMD2 section 4.4)."""
+        return {"mix": 0.0, "mix_within": 0.0, "mode": self.resample}
+
 
 class DMD2(Method):
     """Backward simulation with fresh noise at every step, then matching at the resolution of the sampled step.
@@ -35,10 +39,6 @@ class DMD2(Method):
     """
 
     Config = DMD2Config
-
-    def sampler_options(self) -> dict[str, Any]:
-        """Stochastic multistep sampling: fresh noise at every step (DMD2 section 4.4)."""
-        return {"mix": 0.0, "mix_within": 0.0, "mode": self.config.resample}
 
     def roll_out(self, roles: Roles, batch: Batch, update: int, generator: torch.Generator) -> Sample:
         """DMD2 section 4.5: a step drawn for the batch, reached by the student's own sampling, renoised uniformly."""

@@ -32,6 +32,10 @@ class RMDConfig(MethodConfig):
     resample: ResampleMode = Field("bilinear", description="kernel of U")
     preserve_variance: bool = Field(False, description="undo U's loss of variance on predicted noise (not in the paper)")
 
+    def sampler_options(self) -> dict[str, Any]:
+        """The ODE within a resolution, `inference_alpha` where it grows."""
+        return {"mix": self.inference_alpha, "mode": self.resample, "preserve_variance": self.preserve_variance}
+
 
 class RMD(Method):
     """Roll out through the cascade, project to full resolution, match the teacher there."""
@@ -43,11 +47,6 @@ class RMD(Method):
         if config.stage_weights is not None and len(config.stage_weights) != self.ladder.stages:
             wanted = self.ladder.stages
             raise UserError(f"method.stage_weights needs {wanted} numbers, one a stage, not {len(config.stage_weights)}")
-
-    def sampler_options(self) -> dict[str, Any]:
-        """The ODE within a resolution, `inference_alpha` where it grows."""
-        config = self.config
-        return {"mix": config.inference_alpha, "mode": config.resample, "preserve_variance": config.preserve_variance}
 
     def stages_at(self, update: int) -> int:
         """RMD Algorithm 1 line 13: floor(K/2) noisy stages, at least one, while warming up; then all K."""

@@ -30,6 +30,10 @@ class SwDConfig(MethodConfig):
     first_renoise: int = Field(12, ge=0, lt=len(GRID), description="noisiest of 28 shift-3 timesteps the student is matched at")
     resample: ResampleMode = Field("bicubic", description="kernel of U; frames are blended linearly")
 
+    def sampler_options(self) -> dict[str, Any]:
+        """Stochastic multistep sampling; U is bicubic (SwD section 4.1)."""
+        return {"mix": 0.0, "mix_within": 0.0, "mode": self.resample}
+
 
 class SwD(Method):
     """One step of the ladder at a time, from real or teacher-made images: the lower scale of an adjacent pair is scaled
@@ -41,10 +45,6 @@ class SwD(Method):
     def wants_images(cls, config: MethodConfig) -> bool:
         """Always: they are what the student starts from."""
         return True
-
-    def sampler_options(self) -> dict[str, Any]:
-        """Stochastic multistep sampling; U is bicubic (SwD section 4.1)."""
-        return {"mix": 0.0, "mix_within": 0.0, "mode": self.config.resample}
 
     def roll_out(self, roles: Roles, batch: Batch, update: int, generator: torch.Generator) -> Sample:
         """SwD Figure 3: a pair of adjacent scales drawn for the batch; the student's prediction at the higher one.

@@ -28,6 +28,10 @@ class TDMConfig(MethodConfig):
     mix: float = Field(0.0, ge=0, le=1, description="share of predicted noise where resolution grows, on several rungs")
     resample: ResampleMode = Field("bilinear", description="kernel of U, on ladders of several rungs")
 
+    def sampler_options(self) -> dict[str, Any]:
+        """The ODE within a resolution."""
+        return {"mix": self.mix, "mode": self.resample}
+
 
 class TDM(Method):
     """Roll out the student's ODE; match the distribution of each segment of its trajectory.
@@ -36,10 +40,6 @@ class TDM(Method):
     """
 
     Config = TDMConfig
-
-    def sampler_options(self) -> dict[str, Any]:
-        """The ODE within a resolution."""
-        return {"mix": self.config.mix, "mode": self.config.resample}
 
     def roll_out(self, roles: Roles, batch: Batch, update: int, generator: torch.Generator) -> Sample:
         """A segment drawn for the batch; t uniform in it, renoised from the segment's end as the forward process would.

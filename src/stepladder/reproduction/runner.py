@@ -35,7 +35,7 @@ from stepladder.sampling import cascade
 from stepladder.storage import save_tensors, write_text
 from stepladder.synthesis import Synthesis, synthesize
 from stepladder.training.recipe import Recipe, parse_recipe
-from stepladder.training.trainer import RECIPE_FILE, Run, begin, build_method, checkpoints, latest_state, train
+from stepladder.training.trainer import RECIPE_FILE, Run, begin, checkpoints, latest_state, train
 from stepladder.world.captions import captions
 from stepladder.world.judge import Judge, load_judge, train_judge
 from stepladder.world.paths import BUNDLED
@@ -180,12 +180,11 @@ def _train_in(recipe: Recipe, folder: Path) -> Role:
 def sampler_of(bench: Bench, row: Row, recipe: Recipe, role: Role) -> Sampler:
     """How a row is sampled: a student unguided, the base network guided."""
     backbone, ladder = bench.backbone, recipe.ladder.build(bench.backbone)
-    guidance = recipe.method_config().guidance_scale
+    config = recipe.method_config()
+    guidance = config.guidance_scale
     if row.kind == "teacher":
         return Sampler(role, full_resolution(backbone.teacher_timesteps(BUNDLED_STEPS), ladder.size), guidance)
-    # a head, where a method has one, is made and thrown away: the options do not depend on it
-    options = build_method(recipe, backbone, ladder).sampler_options()
-    return Sampler(role, ladder, guidance if row.kind == "naive" else 1.0, options)
+    return Sampler(role, ladder, guidance if row.kind == "naive" else 1.0, config.sampler_options())
 
 
 def _finish_noised(bench: Bench, row: Row, seed: int) -> tuple[dict[str, Any], Tensor]:

@@ -321,7 +321,7 @@ def sample_grid(run: Run, path: Path) -> None:
     load_parameters(run.roles, STUDENT, run.average)
     seeds = list(range(min(GRID_PROMPTS, len(run.prompts.conditioning))))
     conditioning = run.prompts.conditioning.rows(seeds).to(run.device)
-    sampler = Sampler(run.roles.student, run.ladder, 1.0, run.method.sampler_options())
+    sampler = Sampler(run.roles.student, run.ladder, 1.0, run.method.config.sampler_options())
     unconditional = run.prompts.unconditional.to(run.device)
     latents = sample(sampler, run.backbone, conditioning, unconditional, seeds, run.recipe.training.precision)
     load_parameters(run.roles, STUDENT, trained)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import random
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from stepladder.errors import UserError
+from stepladder.precision import describe, pick_device
 from stepladder.storage import check_replaceable, replace_folder, write_text
 from stepladder.world.autoencoder import train_autoencoder
 from stepladder.world.judge import train_judge
@@ -103,7 +103,7 @@ and a convolutional judge, both trained from nothing on the renderer of `steplad
 
     stepladder teach --seed {seed} {options}
 
-Machine: {platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__.split("+")[0]}.
+Machine: {describe(pick_device("auto"))}.
 
 | phase | minutes |
 |---|---|
