@@ -184,13 +184,16 @@ def test_the_reference_is_the_student_at_the_terms_start_and_survives_a_pause(tm
 
 def test_the_two_gradients_are_brought_to_the_terms_ratio():
     a, b = torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([3.0]))
-    term = RLTerm(rewards=[BRIGHT], weight=0.5)
-    backward_both(term, [a, b], 3 * a.sum(), 100 * b.sum())
+    term, norms = RLTerm(rewards=[BRIGHT], weight=0.5), torch.zeros(2)
+    backward_both(term, [a, b], 3 * a.sum(), 100 * b.sum(), norms)
     assert a.grad.tolist() == [3.0, 3.0]
     assert b.grad.item() == pytest.approx(0.5 * math.sqrt(18))
-    backward_both(term.model_copy(update={"balance": False}), [a, b], 3 * a.sum(), 100 * b.sum())
+    # a batch with hardly anything left to win is not driven like the one before
+    backward_both(term, [a, b], 3 * a.sum(), b.sum(), norms)
+    assert b.grad.item() == pytest.approx(0.5 * math.sqrt(18) / math.sqrt((0.95 * 100**2 + 1) / 1.95), rel=1e-4)
+    backward_both(term.model_copy(update={"balance": False}), [a, b], 3 * a.sum(), 100 * b.sum(), norms)
     assert b.grad.item() == 50.0
-    backward_both(term, [a, b], torch.zeros(()), 100 * b.sum())
+    backward_both(term, [a, b], torch.zeros(()), 100 * b.sum(), norms)
     assert a.grad is None
     assert b.grad.item() == 50.0
 

@@ -10,8 +10,11 @@ from typer.testing import CliRunner
 from stepladder.cli.main import _register, app
 from stepladder.errors import UserError
 from stepladder.methods import methods
+from stepladder.reporting.figures import curves_figure
+from stepladder.reporting.study import HEADINGS
 from stepladder.reproduction.runner import Bench, judge_claim, reproduce, run_row, sampler_of, summary
 from stepladder.reproduction.studies import STUDIES, TEACHER, Claim, Row, Study, rmd, swd
+from stepladder.training.trainer import latest_state
 
 ROWS = [(name, row) for name, study in STUDIES.items() for row in study.rows]
 
@@ -38,7 +41,7 @@ def test_every_row_is_a_valid_recipe_with_a_ladder(name, row, tmp_path):
     recipe = bench.recipe(row, 0, STUDIES[name].updates)
     ladder = recipe.ladder.build(bench.backbone)
     if row.kind == "student":
-        assert len(ladder.steps) == 4
+        assert len(ladder.steps) == (2 if name == "cold-start" else 4)
         assert recipe.method["guidance_scale"] == 4.0
 
 
@@ -146,3 +149,31 @@ def test_an_unseen_judge_judges_beside_the_one_that_rewards(bench, monkeypatch):
     # the longer row continued the shorter one's run
     assert len(list((bench.folder / "runs").rglob("update-0000002.safetensors"))) == 1
     assert (bench.folder / "second-judge.safetensors").exists()
+
+
+def test_rows_that_begin_with_anothers_student_go_on_from_it(bench):
+    first = Row("first", rmd(), updates=1)
+    rewarded = rmd(rl={"algorithm": "refl", "rewards": [{"name": "judge"}]})
+    second = Row("second", rewarded, begin=first)
+    study = Study("t", "s", (first, second), (Claim("first", "second"),), 2)
+    assert (bench.length(first, study), bench.length(second, study)) == (1, 2)
+    figures = [run_row(bench, study, row, 5) for row in study.rows]
+    assert figures[0]["key"].split("-")[1] in figures[1]["key"].split("-after-")[1]
+    recipe = bench.recipe(second, 5, 2)
+    state, _ = latest_state(bench.run_folder(second, recipe))
+    before, _ = latest_state(recipe.training.start_from)
+    assert (before["update"], state["update"]) == (1, 2)
+    # Adam's count of steps went on as well
+    assert state["optimizers"]["student"]["state"][0]["step"].item() == 2
+
+
+def test_the_course_over_updates_is_drawn(tmp_path):
+    figures = [{"mean": 0.5, "spread": 0.1}, {"mean": 0.7, "spread": 0.0}]
+    rows = [
+        {"name": f"a {n}", "series": "a" if n else "", "after": n, "fid": figures[n % 2], "prompt_accuracy": figures[n % 2]}
+        for n in range(3)
+    ]
+    drawn = curves_figure({"rows": rows, "drawn": ["fid", "prompt_accuracy"]}, HEADINGS)
+    assert [axes.get_title() for axes in drawn.axes] == ["FID", "prompts right"]
+    line = drawn.axes[0].containers[0].lines[0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [0.7, 0.5])

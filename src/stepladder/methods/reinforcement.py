@@ -27,8 +27,8 @@ Score = Callable[[Tensor], Tensor]
 class RLTerm(BaseModel):
     """A term that wants more reward; it begins when the cold start is over.
 
-    balance: the term's gradient is scaled to `weight` times the norm of the distillation's, so that one number means the
-    same for every reward and algorithm; without, or alone, the loss itself is multiplied by `weight`.
+    balance: the term's gradient is multiplied so that its running norm is `weight` times that of the distillation's, and one
+    number means the same for every reward and algorithm; without, or alone, the loss itself is multiplied by `weight`.
     """
 
     model_config = ConfigDict(extra="forbid")

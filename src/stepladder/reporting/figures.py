@@ -1,8 +1,9 @@
-"""Figures that are drawn with matplotlib, written beside and renamed."""
+"""Figures that are drawn with matplotlib."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,34 @@ def spectrum_figure(result: dict[str, Any], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel=f"cycles a latent {'frame' if name == 'time' else 'pixel'}", ylabel="power")
         axes.set_title(f"spectrum over {name}; dotted: where a proposed size ends")
         axes.legend(fontsize=8, frameon=False)
-    save_figure(figure, path)
+    write_bytes(path, png_of(figure))
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG beside and rename it."""
+def curves_figure(result: dict[str, Any], titles: Mapping[str, str]) -> Figure:
+    """The course of a study's drawn figures over updates: a line a series, mean and deviation over seeds."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["series"]:
+            lines.setdefault(row["series"], []).append(row)
+    figure = Figure(figsize=(4.6 * len(result["drawn"]), 3.4), layout="constrained")
+    for place, name in enumerate(result["drawn"]):
+        axes = figure.add_subplot(1, len(result["drawn"]), place + 1)
+        for series, rows in lines.items():
+            axes.errorbar(
+                [row["after"] for row in rows],
+                [row[name]["mean"] for row in rows],
+                [row[name]["spread"] for row in rows],
+                marker="o",
+                capsize=3,
+                label=series,
+            )
+        axes.set(xlabel="updates", title=titles[name])
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure as PNG bytes."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
-    write_bytes(path, content.getvalue())
+    return content.getvalue()

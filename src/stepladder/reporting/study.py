@@ -9,11 +9,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from stepladder.images import png_address
+from stepladder.reporting.figures import curves_figure, png_of
 from stepladder.storage import write_text
 
 HEADINGS = {
     "prompt_accuracy": "prompts right",
-    "trained_judge": "by the trained judge",
+    "reward": "reward",
+    "trained_judge": "by the rewarding judge",
     "shape_accuracy": "shape",
     "fid": "FID",
     "diversity": "diversity",
@@ -57,6 +59,7 @@ def write_page(result: dict[str, Any], pictures: dict[str, Path], captions: Sequ
         headings=headings(result),
         rows=[(row["name"], cells(row, names)) for row in result["rows"]],
         claims=[{**claim, "said": _said(claim), "figure": HEADINGS[claim["figure"]]} for claim in result["claims"]],
+        curves=png_address(png_of(curves_figure(result, HEADINGS))) if result.get("drawn") else "",
         pictures=[(name, png_address(file.read_bytes())) for name, file in pictures.items()],
         captions=" · ".join(captions),
         made=f"{result['updates']} updates of {result['batch_size']} a row and seed; seeds {', '.join(map(str, result['seeds']))}; "

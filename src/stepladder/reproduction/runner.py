@@ -29,6 +29,7 @@ from stepladder.progress import console
 from stepladder.renoise import combine, gaussian
 from stepladder.reproduction.studies import Claim, Row, Study
 from stepladder.resample import resize, shrink
+from stepladder.rewards.judge import JudgeReward
 from stepladder.roles import STUDENT, Role, load_parameters
 from stepladder.samplers import Sampler, sample
 from stepladder.sampling import cascade
@@ -46,7 +47,7 @@ BASE = BUNDLED.parent / "rmd.yaml"
 PROMPTS, IMAGES = 4000, 1024
 BATCH = 16
 PICTURES = 6
-FIGURES = ("prompt_accuracy", "trained_judge", "shape_accuracy", "fid", "diversity")
+FIGURES = ("prompt_accuracy", "reward", "trained_judge", "shape_accuracy", "fid", "diversity")
 SECOND_JUDGE_UPDATES = 700
 LOWER_IS_BETTER = ("fid",)
 
@@ -108,19 +109,35 @@ class Bench:
         size = {"updates": max(1, updates), "batch_size": BATCH, "seed": seed, "sample_every": 0, "checkpoint_every": 50}
         tree["training"] = {**tree["training"], **size}
         if row.begin is not None:
-            tree["training"]["start_from"] = str(self.begun(row.begin, seed)[1].resolve())
+            tree["training"]["start_from"] = str(self.run_folder(row.begin, self.beginning(row.begin, seed)).resolve())
         return parse_recipe(tree)
 
-    def begun(self, row: Row, seed: int) -> tuple[Recipe, Path]:
-        """The recipe of a row that others begin with, and the folder where it is trained, for so long and no longer."""
+    def length(self, row: Row, study: Study) -> int:
+        """Updates of a student's row, with those of the row that it begins with."""
+        if self.updates is None:
+            return row.updates or study.updates
+        return self.updates * (2 if row.begin is not None else 1)
+
+    def beginning(self, row: Row, seed: int) -> Recipe:
+        """The recipe of a row that others begin with."""
         assert row.updates is not None
-        recipe = self.recipe(row, seed, self.updates or row.updates)
-        return recipe, self.folder / "runs" / f"{recipe.identity()}-{recipe.training.updates}"
+        return self.recipe(row, seed, self.updates or row.updates)
+
+    def course(self, row: Row, recipe: Recipe) -> str:
+        """What a row's training depends on but its length: its recipe, and that of the row that it begins with."""
+        if row.begin is None:
+            return recipe.identity()
+        before = self.beginning(row.begin, recipe.training.seed)
+        return f"{recipe.identity()}-after-{before.identity()}-{before.training.updates}"
+
+    def run_folder(self, row: Row, recipe: Recipe) -> Path:
+        """Where a row is trained; rows that differ in length only are one run."""
+        return self.folder / "runs" / self.course(row, recipe)
 
 
 def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
     """A row's figures with one seed: of its training, of the captions and of all noise."""
-    updates = (bench.updates or row.updates or study.updates) if row.kind == "student" else 1
+    updates = bench.length(row, study) if row.kind == "student" else 1
     recipe = bench.recipe(row, seed, updates)
     key = _key(bench, study, row, recipe)
     done = bench.folder / "figures" / f"{key}.json"
@@ -136,6 +153,8 @@ def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
         figures, images = examine(sampler_of(bench, row, recipe, role), bench.backbone, exam)
         if study.unseen:
             figures["trained_judge"] = prompt_accuracy(load_judge(), images, exam.scenes)["prompt_accuracy"]
+            with torch.no_grad():
+                figures["reward"] = JudgeReward(load_judge())(images, exam.prompts).mean().item()
     figures |= {"key": key, "seed": seed, "seconds": time.monotonic() - began}
     save_image(grid(images[:PICTURES], columns=PICTURES), bench.folder / "figures" / f"{key}.png")
     write_text(done, json.dumps(figures, indent=1))
@@ -144,14 +163,7 @@ def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
 
 def _key(bench: Bench, study: Study, row: Row, recipe: Recipe) -> str:
     words = (f"-{row.strategy}{row.timestep:.0f}" if row.kind == "noised" else "") + ("-unseen" if study.unseen else "")
-    return f"{row.kind}{words}-{_named(bench, row, recipe)}-{recipe.training.updates}-{bench.count}"
-
-
-def _named(bench: Bench, row: Row, recipe: Recipe) -> str:
-    """What a row's training depends on but its length: its recipe, and that of the row that it begins with."""
-    if row.begin is None:
-        return recipe.identity()
-    return f"{recipe.identity()}-after-{bench.begun(row.begin, recipe.training.seed)[1].name}"
+    return f"{row.kind}{words}-{bench.course(row, recipe)}-{recipe.training.updates}-{bench.count}"
 
 
 def _base_role(bench: Bench) -> Role:
@@ -160,15 +172,12 @@ def _base_role(bench: Bench) -> Role:
 
 def _train(bench: Bench, row: Row, recipe: Recipe) -> Role:
     """Train a row, after the row that it begins with; what was trained already, but for less long, is continued."""
-    if row.begin is not None:
-        _train_in(*bench.begun(row.begin, recipe.training.seed))
-    return _train_in(recipe, bench.folder / "runs" / _named(bench, row, recipe))
-
-
-def _train_in(recipe: Recipe, folder: Path) -> Role:
-    run = Run.start(recipe, load_model(recipe))
+    folder = bench.run_folder(row, recipe)
     if checkpoints(folder) and latest_state(folder)[0]["update"] > recipe.training.updates:
         shutil.rmtree(folder)
+    if row.begin is not None and not checkpoints(folder):
+        _train(bench, row.begin, bench.beginning(row.begin, recipe.training.seed))
+    run = Run.start(recipe, load_model(recipe))
     begin(run, folder)
     write_text(folder / RECIPE_FILE, recipe.to_yaml())
     if run.update < recipe.training.updates:
@@ -319,7 +328,11 @@ def _result(
         "updates": bench.updates or study.updates,
         "batch_size": BATCH,
         "seconds": sum(run["seconds"] for run in done),
-        "rows": [{"name": name, **summary(runs), "runs": runs} for name, runs in rows.items()],
+        "rows": [
+            {"name": row.name, "series": row.series, "after": row.updates, **summary(rows[row.name]), "runs": rows[row.name]}
+            for row in study.rows
+        ],
+        "drawn": list(study.drawn),
         "claims": [],
     }
 

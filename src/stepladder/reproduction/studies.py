@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Overrides = Mapping[str, Any]
@@ -21,7 +21,8 @@ class Row:
 
     kind: `student` trains the recipe; `naive` runs the base network, guided, through the recipe's ladder; `teacher` is the
     base network at full length; `noised` lets the teacher finish real images noised as `strategy` says · updates: where they
-    are not the study's.
+    are not the study's · begin: a row with its own number of updates, whose student this row goes on from · series: the line
+    of the study's figure that this row is a point of.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Row:
     timestep: float = 0.0
     updates: int | None = None
     begin: Row | None = None
+    series: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Claim:
 class Study:
     """A table: its rows, the orderings it should show, how many updates each row gets and what to know when reading it.
 
-    unseen: judged by a second judge, which no training sees; the bundled one, which then may be a reward, beside it.
+    unseen: judged by a second judge, which no training sees; the bundled one, which then may be a reward, beside it · drawn:
+    figures whose course over the updates is drawn.
     """
 
     title: str
@@ -56,6 +59,7 @@ class Study:
     updates: int
     note: str = ""
     unseen: bool = False
+    drawn: tuple[str, ...] = ()
 
 
 def method(name: str, **settings: Any) -> dict[str, Any]:
@@ -104,6 +108,11 @@ def _divided(sizes: list[list[int]], thresholds: list[float], **settings: Any) -
 # the gradient of MMD at weight 1 is 0.004 on the bundled teacher, that of matching 0.1: its features are small
 MMD_WEIGHT = 25.0
 TWO_FAKE = "Two fake-score updates for each of the student's, not five, to train more students in the same time."
+RL_WEIGHT = 3.0
+RL_NOTE = (
+    "DMD2 in four full-size steps, distilled for 160 updates, then further in each of these ways, with two fake-score updates for "
+    "each of the student's. The reward is the bundled judge's; the other figures are a second one's, which no training saw."
+)
 TWO = [[64, 64], [128, 128]]
 SMALL = {"sizes": [[64, 64]], "thresholds": []}
 ONE_RUNG = Row("0+4, one rung", {**rmd(), "ladder": FULL})
@@ -124,39 +133,45 @@ def _better(row: str, others: Sequence[str], *figures: str) -> tuple[Claim, ...]
 
 
 JUDGE = [{"name": "judge"}]
-COLD = {"updates": 60, "real_scale": 0.5, "renoise_bias": 2.0}
+DISTILLED, REWARDED = 160, 240
+
+
+def _over(row: Row, *updates: int) -> tuple[Row, ...]:
+    """A row after several numbers of updates: a line of the study's figure."""
+    return tuple(replace(row, name=f"{row.name}, {count} updates", series=row.name, updates=count) for count in updates)
 
 
 def _rewarded(algorithm: str, **settings: Any) -> dict[str, Any]:
-    return {"rl": {"algorithm": algorithm, "rewards": JUDGE, **settings}, "cold_start": COLD}
+    return {"rl": {"algorithm": algorithm, "rewards": JUDGE, "weight": RL_WEIGHT, **settings}}
 
 
-def _cold(name: str, start: Overrides | None, updates: int) -> Row:
-    return Row(f"{name}, {updates} updates", full("dmd2", cold_start=start), updates=updates)
-
-
+# one leap, so that the student has far to go: in four full-size steps the untrained network, unguided, gets three captions of four
+# right already, and there is nothing to start
+LEAP = {"sizes": [[32, 32], [128, 128]], "steps": 2, "spacing": 1.0, "thresholds": [], "allocation": [1, 1]}
+LEANING, BIASED = {"updates": 60, "real_scale": 0.5, "renoise_bias": 1.0}, {"renoise_bias": 4.0}
+STATIC = {"real_scale_dynamic": False, "renoise_bias_dynamic": False}
 COLD_STARTS = {
-    "vanilla DMD": None,
-    "DynaDG": {"updates": 40, "real_scale": 0.5, "renoise_bias": 1.0},
-    "DynaDG + DynaRS": {"updates": 40, "real_scale": 0.5, "renoise_bias": 2.0},
-    "both, static": {
-        **{"updates": 40, "real_scale": 0.5, "renoise_bias": 2.0},
-        **{"real_scale_dynamic": False, "renoise_bias_dynamic": False},
-    },
+    "vanilla": None,
+    "DynaDG": LEANING,
+    "DynaDG + DynaRS": {**LEANING, **BIASED},
+    "both, static": {**LEANING, **BIASED, **STATIC},
 }
+COLD_UPDATES = (20, 40, 60)
 ALGORITHMS = {"refl": "ReFL", "dpo": "DPO", "grpo": "GRPO"}
-INIT = Row("after the cold start", full("dmd2", cold_start=COLD), updates=60)
-DISTILLED = Row("distillation only", full("dmd2", cold_start=COLD))
-BOTH = {key: Row(f"distillation + {name}", full("dmd2", **_rewarded(key))) for key, name in ALGORITHMS.items()}
-ALONE = {key: Row(f"{name} only", full("dmd2", **_rewarded(key, alone=True))) for key, name in ALGORITHMS.items()}
-HACKED = tuple(
-    Row(f"{row.name}, {updates} updates", row.changes, updates=updates)
-    for row in (ALONE["refl"], BOTH["refl"])
-    for updates in (60, 80, 100, 140)
-)
+INIT = Row("DMD2, where all begin", full("dmd2"), updates=DISTILLED)
+CONTINUED = Row("distillation only", full("dmd2", fake_updates=2), begin=INIT)
+BOTH = {
+    key: Row(f"distillation + {name}", full("dmd2", fake_updates=2, **_rewarded(key)), begin=INIT)
+    for key, name in ALGORITHMS.items()
+}
+ALONE = {
+    key: Row(f"{name} only", full("dmd2", fake_updates=2, **_rewarded(key, alone=True)), begin=INIT)
+    for key, name in ALGORITHMS.items()
+}
+LEAST = replace(THREE_RUNGS["2+1+1"], name="RMD 2+1+1", updates=DISTILLED)
 RMD_RL = {
-    "2+2": Row("RMD 2+2 + ReFL", rmd(**_rewarded("refl"))),
-    "2+1+1": Row("RMD 2+1+1 + ReFL", _divided(THREE, [-3.5, -2.5], **_rewarded("refl"))),
+    name: Row(f"{begin.name} + ReFL", {**begin.changes, **rmd(**_rewarded("refl"))}, begin=begin)
+    for name, begin in (("2+2", replace(RMD, updates=DISTILLED)), ("2+1+1", LEAST))
 }
 STUDIES = {
     "methods": Study(
@@ -274,56 +289,74 @@ STUDIES = {
     "cold-start": Study(
         "Cold starts",
         "DMDR Table 4",
-        tuple(_cold(name, start, updates) for name, start in COLD_STARTS.items() for updates in (20, 40)),
+        tuple(
+            row
+            for name, start in COLD_STARTS.items()
+            for row in _over(Row(name, {**rmd(cold_start=start), "ladder": LEAP, "training": {"ema_decay": 0.9}}), *COLD_UPDATES)
+        ),
         tuple(
             claim
-            for updates in (20, 40)
-            for other in ("vanilla DMD", "DynaDG", "both, static")
-            for claim in _better(f"DynaDG + DynaRS, {updates} updates", (f"{other}, {updates} updates",), "prompt_accuracy")
+            for updates in COLD_UPDATES[1:]
+            for better, worse in (
+                ("DynaDG", "vanilla"),
+                ("DynaDG + DynaRS", "vanilla"),
+                ("DynaDG + DynaRS", "DynaDG"),
+                ("DynaDG + DynaRS", "both, static"),
+            )
+            for claim in _better(f"{better}, {updates} updates", (f"{worse}, {updates} updates",), "prompt_accuracy")
         ),
-        40,
+        COLD_UPDATES[-1],
+        "RMD from 32 to 128 px in two steps. A student of four full-size steps needs no cold start here: untrained and unguided it "
+        "gets three captions of four right already.",
+        drawn=("prompt_accuracy", "fid"),
     ),
     "rl": Study(
         "Distillation, rewards, and both",
         "DMDR Table 5",
-        (TEACHER, INIT, DISTILLED, *ALONE.values(), *BOTH.values()),
+        (TEACHER, INIT, CONTINUED, *ALONE.values(), *BOTH.values()),
         (
-            *_better(BOTH["refl"].name, (TEACHER.name, DISTILLED.name), "prompt_accuracy"),
+            *_better(BOTH["refl"].name, (TEACHER.name, CONTINUED.name), "prompt_accuracy"),
             *(claim for key in ALGORITHMS for claim in _better(BOTH[key].name, (ALONE[key].name,))),
+            *_better(CONTINUED.name, [row.name for row in ALONE.values()], "fid"),
+            *_better(ALONE["refl"].name, (INIT.name,), "reward"),
         ),
-        120,
-        "DMD2 in four full-size steps; the reward is the bundled judge, the figures are those of a second judge.",
+        REWARDED,
+        RL_NOTE,
         unseen=True,
     ),
     "hacking": Study(
-        "Reward against an unseen judge over training",
+        "Rewards against an unseen judge over training",
         "DMDR Figure 10",
-        HACKED,
+        tuple(row for base in (ALONE["refl"], BOTH["refl"], CONTINUED) for row in _over(base, 180, 200, REWARDED, 320)),
         (
-            *_better(HACKED[-1].name, (HACKED[3].name,)),
-            Claim(HACKED[3].name, HACKED[0].name, "trained_judge"),
+            Claim(f"{ALONE['refl'].name}, 320 updates", f"{ALONE['refl'].name}, 180 updates", "reward"),
+            *_better(f"{ALONE['refl'].name}, 180 updates", (f"{ALONE['refl'].name}, 320 updates",)),
+            *_better(f"{BOTH['refl'].name}, 320 updates", (f"{ALONE['refl'].name}, 320 updates",)),
         ),
-        140,
-        "Rewards begin after 60 updates.",
+        320,
+        RL_NOTE,
         unseen=True,
+        drawn=("reward", "trained_judge", "prompt_accuracy", "fid"),
     ),
     "diversity": Study(
         "Diversity",
         "DMDR Table 6",
-        (TEACHER, Row("DMD2", full("dmd2")), Row("DMDR (ReFL)", BOTH["refl"].changes)),
+        (TEACHER, replace(CONTINUED, name="DMD2"), replace(BOTH["refl"], name="DMDR (ReFL)")),
         (*_better(TEACHER.name, ("DMD2", "DMDR (ReFL)"), "diversity"), Claim("DMD2", "DMDR (ReFL)", "diversity")),
-        120,
+        REWARDED,
+        RL_NOTE,
         unseen=True,
     ),
     "rmd-rl": Study(
         "RMD with rewards",
         "nobody's table yet",
-        (TEACHER, Row("DMD2, 4 steps", full("dmd2")), RMD, THREE_RUNGS["2+1+1"], *RMD_RL.values()),
+        (TEACHER, replace(INIT, name=DMD2.name), replace(RMD, updates=DISTILLED), LEAST, *RMD_RL.values()),
         (
-            *_better(RMD_RL["2+2"].name, (TEACHER.name, RMD.name, "DMD2, 4 steps"), "prompt_accuracy"),
-            *_better(RMD_RL["2+1+1"].name, (THREE_RUNGS["2+1+1"].name, "DMD2, 4 steps"), "prompt_accuracy"),
+            *_better(RMD_RL["2+2"].name, (TEACHER.name, RMD.name, DMD2.name)),
+            *_better(RMD_RL["2+1+1"].name, (TEACHER.name, LEAST.name, DMD2.name)),
         ),
-        120,
+        REWARDED,
+        f"Rows without ReFL trained for {DISTILLED} updates, those with it go on from there to {REWARDED}.",
         unseen=True,
     ),
 }

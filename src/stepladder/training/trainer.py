@@ -35,6 +35,7 @@ from stepladder.training.rewarding import Rewarder
 
 RECIPE_FILE = "recipe.yaml"
 GRID_PROMPTS = 8
+BALANCE_DECAY = 0.95
 
 
 def build_method(recipe: Recipe, backbone: Backbone, ladder: Ladder) -> Method:
@@ -59,7 +60,10 @@ def build_roles(backbone: Backbone, recipe: Recipe, kept: Sequence[str] = TRAINE
 
 @dataclass
 class Run:
-    """All that a training update touches; `state` and `restore` carry it through a checkpoint."""
+    """All that a training update touches; `state` and `restore` carry it through a checkpoint.
+
+    norms: running mean squares of the norms of the distillation's and the rewards' gradients, (2,).
+    """
 
     recipe: Recipe
     backbone: Backbone
@@ -74,6 +78,7 @@ class Run:
     generator: torch.Generator
     device: torch.device
     base: str
+    norms: Tensor
     update: int = 0
 
     @classmethod
@@ -102,7 +107,10 @@ class Run:
         }
         average = {name: parameter.detach().clone() for name, parameter in roles.parameters(STUDENT).items()}
         generator = torch.Generator().manual_seed(training.seed)
-        return cls(recipe, backbone, roles, method, ladder, prompts, images, rewarder, optimizers, average, generator, device, base)
+        means = torch.zeros(2)
+        return cls(
+            recipe, backbone, roles, method, ladder, prompts, images, rewarder, optimizers, average, generator, device, base, means
+        )
 
     def batch(self, number: int) -> Batch:
         """The prompts of a batch and, where the run has images, what belongs to them."""
@@ -142,6 +150,7 @@ class Run:
             "average": self.average,
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
             "generator": self.generator.get_state(),
+            "norms": self.norms,
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
@@ -162,6 +171,7 @@ class Run:
         if self.method.head is not None:
             load_tensors(dict(self.method.head.named_parameters()), state["head"])
         load_parameters(self.roles, REFERENCE, state["weights"][REFERENCE])
+        self.norms = state["norms"]
         self._take_over(state, list(self.optimizers))
 
     def go_on_from(self, state: dict[str, Any], path: Path) -> None:
@@ -247,7 +257,7 @@ def _descend(run: Run, role: str, loss: Tensor, wanted: Tensor | None = None) ->
     parameters = learning(run.roles, run.method, role)
     more: dict[str, float] = {}
     if wanted is not None:
-        more = backward_both(run.method.config.rl, parameters, loss, wanted)
+        more = backward_both(run.method.config.rl, parameters, loss, wanted, run.norms)
     else:
         # an adversarial student loss passes through the fake score, which must not learn from it
         loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
@@ -263,10 +273,11 @@ def _descend(run: Run, role: str, loss: Tensor, wanted: Tensor | None = None) ->
     return {f"{role}_loss": value, f"{role}_grad_norm": size} | more
 
 
-def backward_both(term: RLTerm, parameters: list[nn.Parameter], loss: Tensor, wanted: Tensor) -> dict[str, float]:
+def backward_both(term: RLTerm, parameters: list[nn.Parameter], loss: Tensor, wanted: Tensor, norms: Tensor) -> dict[str, float]:
     """Leave the gradient of DMDR Eq. 2, `loss` plus a coefficient times `wanted`, in the parameters.
 
-    Where both have a gradient and the term balances, the coefficient brings their norms to the term's ratio.
+    Where both have a gradient and the term balances, the coefficient brings their running norms, kept in `norms`, to the term's
+    ratio. Running ones: a batch that has all it is rewarded for shall not be driven as hard as one that has not.
     """
     distils = loss.requires_grad
     own = torch.autograd.grad(wanted, parameters, retain_graph=distils, allow_unused=True)
@@ -275,7 +286,8 @@ def backward_both(term: RLTerm, parameters: list[nn.Parameter], loss: Tensor, wa
     distilled = torch.autograd.grad(loss, parameters, allow_unused=True) if distils else (None,) * len(parameters)
     if distils and term.balance:
         norm = torch.nn.utils.get_total_norm([gradient for gradient in distilled if gradient is not None])
-        coefficient = term.weight * norm / size.clamp(min=1e-12)
+        norms.lerp_(torch.stack([norm.square(), size.square()]).to(norms), 1 - BALANCE_DECAY)
+        coefficient = term.weight * (norms[0] / norms[1].clamp(min=1e-24)).sqrt().to(size)
     # DMDR Eq. 2
     for parameter, first, second in zip(parameters, distilled, own, strict=True):
         parts = [part for part in (first, None if second is None else coefficient * second) if part is not None]
