@@ -200,6 +200,24 @@ def test_every_command_has_help_with_an_example(name):
     assert "Example: stepladder" in shown.stdout
 
 
+def test_paths_are_found_beside_the_recipe_and_those_of_overrides_in_the_current_folder(tmp_path, monkeypatch):
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder in (there, here):
+        (folder / "clip").mkdir(parents=True)
+    rewards = [{"name": "hpsv2", "path": "clip", "weights": "hps.safetensors"}, {"name": "clip", "path": "apple/DFN"}]
+    path = recipe_file(there, method={"name": "rmd", "rl": {"rewards": rewards}}, data__prompts="a.txt", model__path="tiny")
+    monkeypatch.chdir(here)
+    recipe = load_recipe(path)
+    named = recipe.method["rl"]["rewards"]
+    assert (recipe.data.prompts, recipe.model.path) == (there / "a.txt", str(there / "tiny"))
+    assert (named[0]["path"], named[0]["weights"]) == (str(there / "clip"), str(there / "hps.safetensors"))
+    assert named[1]["path"] == "apple/DFN"
+    recipe = load_recipe(path, ["data.prompts=b.txt", "training.start_from=runs/a", "method.rl.rewards=[{name: clip, path: clip}]"])
+    assert (recipe.data.prompts, recipe.training.start_from) == (here / "b.txt", here / "runs" / "a")
+    assert recipe.method["rl"]["rewards"][0]["path"] == str(here / "clip")
+    assert recipe.model.path == str(there / "tiny")
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_in_the_repository_are_valid(path):
     recipe = load_recipe(path)

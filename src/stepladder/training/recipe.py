@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from stepladder.errors import UserError
 from stepladder.ladder import PRESETS, Boundary, Ladder, ResolutionShift, build_ladder, spaced_timesteps
 from stepladder.methods import methods
 
+FILES = (("data", "prompts"), ("data", "images"), ("model", "weights"), ("training", "start_from"))
 FREE_KEYS = (
     *("start_from", "updates", "checkpoint_every", "keep_checkpoints", "sample_every"),
     *("student_learning_rate", "fake_score_learning_rate"),
@@ -182,7 +183,9 @@ def _said(tree: Any) -> Any:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override (`a.b=value`) and validate a recipe; relative paths are looked up beside the recipe.
+    """Read, override (`a.b=value`) and validate a recipe.
+
+    Relative paths are looked up beside the recipe, those of overrides in the current folder.
 
     Raises:
         UserError: the file is missing or no YAML mapping, a key is unknown (the nearest is named), a value has a wrong type.
@@ -198,15 +201,34 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(tree, override)
     recipe = parse_recipe(tree)
-    for part, key in (
-        *((recipe.data, "prompts"), (recipe.data, "images"), (recipe.model, "weights"), (recipe.training, "start_from")),
-    ):
-        if getattr(part, key) is not None:
-            setattr(part, key, (path.parent / getattr(part, key).expanduser()).resolve())
-    beside = (path.parent / Path(recipe.model.path).expanduser()).resolve()
-    if recipe.model.path != "bundled" and (beside.exists() or not is_hub_id(recipe.model.path)):
-        recipe.model.path = str(beside)
+    given = [override.partition("=")[0] for override in overrides]
+    _locate(recipe, lambda key: Path.cwd() if any(f"{key}.".startswith(f"{name}.") for name in given) else path.parent)
     return recipe
+
+
+def _locate(recipe: Recipe, home: Callable[[str], Path]) -> None:
+    """Make a recipe's relative paths absolute; `home` says what a key's are relative to."""
+    for section, key in FILES:
+        part = getattr(recipe, section)
+        if getattr(part, key) is not None:
+            setattr(part, key, (home(f"{section}.{key}") / getattr(part, key).expanduser()).resolve())
+    recipe.model.path = _folder_or_hub_id(recipe.model.path, home("model.path"))
+    term = recipe.method.get("rl")
+    if term is None:
+        return
+    if term["decoder"] is not None:
+        term["decoder"] = _folder_or_hub_id(term["decoder"], home("method.rl.decoder"))
+    where = home("method.rl.rewards")
+    for reward in term["rewards"]:
+        if reward["path"] is not None:
+            reward["path"] = _folder_or_hub_id(reward["path"], where)
+        if reward["weights"] is not None:
+            reward["weights"] = str((where / Path(reward["weights"]).expanduser()).resolve())
+
+
+def _folder_or_hub_id(name: str, home: Path) -> str:
+    there = (home / Path(name).expanduser()).resolve()
+    return str(there) if name != "bundled" and (there.exists() or not is_hub_id(name)) else name
 
 
 def parse_recipe(tree: dict[str, Any]) -> Recipe:
