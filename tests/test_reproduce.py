@@ -177,3 +177,5 @@ def test_the_course_over_updates_is_drawn(tmp_path):
     assert [axes.get_title() for axes in drawn.axes] == ["FID", "prompts right"]
     line = drawn.axes[0].containers[0].lines[0]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [0.7, 0.5])
+    level = next(line for line in drawn.axes[0].lines if line.get_linestyle() == ":")
+    assert set(level.get_ydata()) == {0.5}

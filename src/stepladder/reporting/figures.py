@@ -37,11 +37,12 @@ def spectrum_figure(result: dict[str, Any], path: Path) -> None:
 
 
 def curves_figure(result: dict[str, Any], titles: Mapping[str, str]) -> Figure:
-    """The course of a study's drawn figures over updates: a line a series, mean and deviation over seeds."""
+    """The course of a study's drawn figures over updates: a line a series, mean and deviation over seeds; other rows dotted."""
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         if row["series"]:
             lines.setdefault(row["series"], []).append(row)
+    others = [row for row in result["rows"] if not row["series"]]
     figure = Figure(figsize=(4.6 * len(result["drawn"]), 3.4), layout="constrained")
     for place, name in enumerate(result["drawn"]):
         axes = figure.add_subplot(1, len(result["drawn"]), place + 1)
@@ -54,6 +55,8 @@ def curves_figure(result: dict[str, Any], titles: Mapping[str, str]) -> Figure:
                 capsize=3,
                 label=series,
             )
+        for number, row in enumerate(others):
+            axes.axhline(row[name]["mean"], linestyle=":", color=str(0.3 + 0.3 * number), label=row["name"])
         axes.set(xlabel="updates", title=titles[name])
         axes.legend(fontsize=8, frameon=False)
     return figure

@@ -108,7 +108,6 @@ def _divided(sizes: list[list[int]], thresholds: list[float], **settings: Any) -
 # the gradient of MMD at weight 1 is 0.004 on the bundled teacher, that of matching 0.1: its features are small
 MMD_WEIGHT = 25.0
 TWO_FAKE = "Two fake-score updates for each of the student's, not five, to train more students in the same time."
-RL_WEIGHT = 3.0
 RL_NOTE = (
     "DMD2 in four full-size steps, distilled for 160 updates, then further in each of these ways, with two fake-score updates for "
     "each of the student's. The reward is the bundled judge's; the other figures are a second one's, which no training saw."
@@ -133,7 +132,11 @@ def _better(row: str, others: Sequence[str], *figures: str) -> tuple[Claim, ...]
 
 
 JUDGE = [{"name": "judge"}]
-DISTILLED, REWARDED = 160, 240
+DISTILLED, REWARDED, HACKED = 160, 220, 280
+# beside the distillation, weights of the running norms of gradients: ReFL's is nothing in most batches and a lot in those that miss
+# a shape; alone, of the losses, so that gradients are about as long
+BALANCED = {"refl": 100.0, "dpo": 10.0, "grpo": 10.0}
+RAW = {"refl": 1.0, "dpo": 0.1, "grpo": 100.0}
 
 
 def _over(row: Row, *updates: int) -> tuple[Row, ...]:
@@ -141,8 +144,9 @@ def _over(row: Row, *updates: int) -> tuple[Row, ...]:
     return tuple(replace(row, name=f"{row.name}, {count} updates", series=row.name, updates=count) for count in updates)
 
 
-def _rewarded(algorithm: str, **settings: Any) -> dict[str, Any]:
-    return {"rl": {"algorithm": algorithm, "rewards": JUDGE, "weight": RL_WEIGHT, **settings}}
+def _rewarded(algorithm: str, alone: bool = False) -> dict[str, Any]:
+    weight = (RAW if alone else BALANCED)[algorithm]
+    return {"rl": {"algorithm": algorithm, "rewards": JUDGE, "weight": weight, "alone": alone, "beta": 200.0}}
 
 
 # one leap, so that the student has far to go: in four full-size steps the untrained network, unguided, gets three captions of four
@@ -266,11 +270,17 @@ STUDIES = {
         (
             Row("64, 80, 96, 128", swd(fake_updates=2)),
             Row("96, 96, 96, 128", swd([[96, 96], [128, 128]], (3, 1), fake_updates=2)),
-            Row("64, 64, 64, 128", swd([[64, 64], [128, 128]], (3, 1), fake_updates=2)),
+            Row("64, 64, 64, 128", swd(TWO, (3, 1), fake_updates=2)),
+            Row("64, 64, 128, 128", swd(TWO, (2, 2), fake_updates=2)),
+            Row("RMD on 64, 80, 96, 128", {**rmd(), "ladder": swd()["ladder"]}),
         ),
-        _better("64, 80, 96, 128", ("96, 96, 96, 128", "64, 64, 64, 128")),
+        (
+            *_better("64, 80, 96, 128", ("96, 96, 96, 128", "64, 64, 64, 128")),
+            *_better("RMD on 64, 80, 96, 128", ("64, 80, 96, 128",)),
+        ),
         40,
-        TWO_FAKE,
+        TWO_FAKE + " The bundled teacher has learned pictures of 64 and 128 px and nothing between. The last two rows are not the "
+        "paper's: SwD on the sizes that the teacher knows, and RMD, which needs no images, on SwD's ladder.",
     ),
     "upscaling": Study(
         "Enlarge the picture and then add noise, or the other way round",
@@ -279,9 +289,7 @@ STUDIES = {
         tuple(
             claim
             for timestep in (400, 600, 800)
-            for claim in _better(
-                f"B, t = {timestep}: shrink, enlarge, noise", (f"C, t = {timestep}: shrink, noise, enlarge",), "fid"
-            )
+            for claim in _better(f"B, t = {timestep}: shrink, enlarge, noise", (f"C, t = {timestep}: shrink, noise, enlarge",))
         ),
         0,
         "Renders of held-out captions, noised to t; the teacher draws on from there.",
@@ -327,13 +335,19 @@ STUDIES = {
     "hacking": Study(
         "Rewards against an unseen judge over training",
         "DMDR Figure 10",
-        tuple(row for base in (ALONE["refl"], BOTH["refl"], CONTINUED) for row in _over(base, 180, 200, REWARDED, 320)),
         (
-            Claim(f"{ALONE['refl'].name}, 320 updates", f"{ALONE['refl'].name}, 180 updates", "reward"),
-            *_better(f"{ALONE['refl'].name}, 180 updates", (f"{ALONE['refl'].name}, 320 updates",)),
-            *_better(f"{BOTH['refl'].name}, 320 updates", (f"{ALONE['refl'].name}, 320 updates",)),
+            TEACHER,
+            INIT,
+            *(row for base in (ALONE["refl"], BOTH["refl"]) for row in _over(base, REWARDED, (REWARDED + HACKED) // 2, HACKED)),
         ),
-        320,
+        (
+            *_better(f"{ALONE['refl'].name}, {HACKED} updates", (INIT.name,), "reward"),
+            *_better(INIT.name, (f"{ALONE['refl'].name}, {HACKED} updates",)),
+            *_better(
+                f"{BOTH['refl'].name}, {HACKED} updates", (TEACHER.name, INIT.name, f"{ALONE['refl'].name}, {HACKED} updates")
+            ),
+        ),
+        HACKED,
         RL_NOTE,
         unseen=True,
         drawn=("reward", "trained_judge", "prompt_accuracy", "fid"),
