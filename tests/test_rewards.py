@@ -144,6 +144,9 @@ def test_hpsv2s_weights_in_open_clips_names_give_open_clips_scores(tmp_path):
         expected = 100 * (original.image(letterboxed(images, 32)) * original.text(tokens)).sum(1)
         torch.testing.assert_close(reward(images, prompts), expected, rtol=1e-4, atol=1e-3)
     assert set(from_open_clip(dict(original.state_dict()))) == set(dict(model.named_parameters()))
+    # a picture of the encoder's own size needs neither bars nor cropping: CLIP score takes other weights the same way
+    other, square = build_reward([RewardSpec(name="clip", path=str(folder), weights=weights)], CPU), pictures(32, 32)
+    torch.testing.assert_close(other(square, prompts), reward(square, prompts))
 
 
 def test_clip_score_and_pick_score_are_the_models_own_cosines():

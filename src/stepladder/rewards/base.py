@@ -20,7 +20,10 @@ class RewardSpec(BaseModel):
     name: str = Field(description="clip, pickscore, hpsv2, aesthetic, imagereward, judge, or function")
     weight: float = 1.0
     path: str | None = Field(None, description="the model's folder or hub id")
-    weights: Path | None = Field(None, description="one safetensors file beside it: HPSv2's, ImageReward's or the aesthetic head's")
+    weights: Path | None = Field(
+        None,
+        description="one safetensors file: another CLIP's in open_clip's names, HPSv2's, ImageReward's, the aesthetic head",
+    )
     function: str | None = Field(None, description="of your own, as package.module:name")
     differentiable: bool = Field(False, description="whether a function of your own passes gradients to the images")
 

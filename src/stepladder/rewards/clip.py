@@ -18,7 +18,11 @@ from stepladder.rewards.preprocess import cropped, letterboxed
 
 
 class ClipScore(Reward):
-    """A hundred times the cosine of a picture's and its prompt's embeddings; any CLIP will do, DFN's too."""
+    """A hundred times the cosine of a picture's and its prompt's embeddings; any CLIP will do, DFN's too.
+
+    `path` is a CLIP in transformers' layout; `weights`, where given, are put in its place: those of a CLIP of the same shape, in
+    open_clip's names.
+    """
 
     name = "clip"
 
@@ -28,8 +32,11 @@ class ClipScore(Reward):
 
     @classmethod
     def build(cls, spec: RewardSpec, device: torch.device) -> Reward:
-        """The CLIP at `path`; UserError if it cannot be loaded."""
-        return cls(*load_clip(spec, device))
+        """The CLIP at `path`, perhaps with other weights in it; UserError if it cannot be loaded."""
+        model, tokenizer = load_clip(spec, device)
+        if spec.weights is not None:
+            put(model, from_open_clip(read_weights(spec.weights)), spec.weights)
+        return cls(model, tokenizer)
 
     def prepared(self, images: Tensor) -> Tensor:
         """Pictures as the vision encoder takes them."""
@@ -61,14 +68,6 @@ class HPSv2(ClipScore):
     """
 
     name = "hpsv2"
-
-    @classmethod
-    def build(cls, spec: RewardSpec, device: torch.device) -> Reward:
-        """The base CLIP with HPSv2's weights in it."""
-        model, tokenizer = load_clip(spec, device)
-        if spec.weights is not None:
-            put(model, from_open_clip(read_weights(spec.weights)), spec.weights)
-        return cls(model, tokenizer)
 
     def prepared(self, images: Tensor) -> Tensor:
         """Pictures as HPSv2's vision encoder takes them."""
