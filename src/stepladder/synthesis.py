@@ -67,6 +67,8 @@ def synthesize(
     kept = len(starts) - len(missing)
     if kept:
         console.print(f"{kept} of {len(starts)} shards are there already")
+    if not missing:
+        return 0
     network = backbone.network
     ladder = full_resolution(backbone.teacher_timesteps(wanted.steps), backbone.latent_size(wanted.size))
     sampler = Sampler(Role(backbone, network), ladder, wanted.guidance_scale)
