@@ -178,11 +178,11 @@ def test_swds_student_starts_from_the_lower_scale_enlarged_and_noised(tmp_path):
         torch.testing.assert_close(seen[0][0], expected)
 
 
-def test_dmd2s_fake_score_learns_the_noise_and_swds_the_image(tmp_path):
-    """With a role that answers known numbers, the losses are the formulas'."""
-    for name, expected in (("dmd2", "eps"), ("swd", "x0")):
-        backbone = backbones()["sd3"].tiny()
-        run, (sample,) = rolled_out(name, backbone, tmp_path / name, 1) if (tmp_path / name).mkdir() is None else None
+def test_dmd2s_fake_score_learns_noise_or_velocity_and_swds_the_image(tmp_path):
+    """With a role that answers nothing, the losses are the mean squares of what each should have said."""
+    for name, kind in (("dmd2", "sd3"), ("dmd2", "sdxl"), ("swd", "sd3")):
+        backbone, folder = backbones()[kind].tiny(), f"{name}-{kind}"
+        run, (sample,) = rolled_out(name, backbone, tmp_path / folder, 1) if (tmp_path / folder).mkdir() is None else None
         states = []
 
         class Known:
@@ -192,9 +192,9 @@ def test_dmd2s_fake_score_learns_the_noise_and_swds_the_image(tmp_path):
 
         loss = run.method.fake_score_matching(Known(), sample, torch.Generator().manual_seed(1))
         x, t = states[0]
-        sigma = FLOW.sigma(t)[:, None, None, None]
-        noise = (x - (1 - sigma) * sample.x0) / sigma
-        wanted = noise if expected == "eps" else sample.x0
+        alpha, sigma = (part(t)[:, None, None, None] for part in (backbone.process.alpha, backbone.process.sigma))
+        noise = (x - alpha * sample.x0) / sigma
+        wanted = sample.x0 if name == "swd" else noise - sample.x0 if kind == "sd3" else noise
         assert loss.item() == pytest.approx(wanted.square().mean().item(), rel=1e-3)
 
 
@@ -232,7 +232,10 @@ def test_the_rbf_kernels_mmd_is_unbiased_and_sees_more_than_means():
     wide, narrow = wide - wide.mean(1, keepdim=True), torch.randn(1, 400, 3, generator=draw)
     narrow = narrow - narrow.mean(1, keepdim=True)
     assert squared_mmd(wide, narrow).item() == pytest.approx(0.0, abs=1e-6)
-    assert squared_mmd(wide, narrow, "rbf", 1.0).item() > 0.05
+    assert squared_mmd(wide, narrow, "rbf", 1.0).item() > 0.015
+    # a bandwidth far beyond the distances makes it the linear kernel
+    moved = narrow + 2.0
+    assert squared_mmd(narrow, moved, "rbf", 300.0).item() == pytest.approx(squared_mmd(narrow, moved).item(), rel=0.02)
 
 
 def test_pooling_over_the_batch_forgets_which_image_is_which():

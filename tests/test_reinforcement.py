@@ -110,7 +110,7 @@ def test_grpo_moves_a_gaussian_policy_towards_the_reward():
     score = lambda latents: -(latents.mean((1, 2, 3)) - 0.5).square()
     for _ in range(150):
         optimizer.zero_grad()
-        grpo_term(term, Ground(Toy(theta, 1000.0), FLOW, ladder, 1, prompts, draw), score, "bilinear").backward()
+        grpo_term(term, Ground(Toy(theta, 1000.0), FLOW, ladder, 1, prompts, draw), score, "bilinear", 1.0).backward()
         optimizer.step()
     assert theta.item() == pytest.approx(0.5 / 0.9, abs=0.15)
 
@@ -129,6 +129,34 @@ def test_dpo_ranks_pairs_and_noises_them_alike():
     chosen, rejected = seen[0].chunk(2)
     # the noise is the same, so what differs is (1 - sigma) times the images: the chosen ones are the brighter
     assert ((chosen - rejected).mean((1, 2, 3)) >= -1e-6).all()
+
+
+def test_dpo_teaches_at_pure_noise_too_and_nothing_where_two_images_are_as_good():
+    """On a flow an error of the noise is (1 - sigma) times that of the velocity, and so nothing at the first step."""
+    ladder, term = full_resolution((1000.0,), (2, 2)), RLTerm(algorithm="dpo", rewards=[BRIGHT], beta=10.0)
+    prompts, gradients = Conditioning({"c": torch.zeros(4, 1)}), []
+    drawn = iter(torch.randn(2, 8, 1, 2, 2, generator=torch.Generator().manual_seed(2)))
+    for score in (lambda latents: latents.mean((1, 2, 3)), lambda latents: torch.ones(len(latents))):
+        theta = torch.zeros(1, requires_grad=True)
+        roles, images = Toy(theta, 1000.0), next(drawn)
+        student = roles.student
+        # the pair is what the student draws without gradient; with it, it predicts theta
+        roles.student = lambda x, t, c, student=student, images=images: (
+            student(x, t, c) if torch.is_grad_enabled() else Prediction(images, torch.zeros_like(images))
+        )
+        draw = torch.Generator().manual_seed(3)
+        dpo_term(term, Ground(roles, FLOW, ladder, 1, prompts, draw), score, {"mix_within": 0.0}).backward()
+        gradients.append(theta.grad.item())
+    assert abs(gradients[0]) > 0.1
+    assert gradients[1] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_rewards_see_what_a_picture_can_hold(tmp_path):
+    run = start(tmp_path, rl={"rewards": [BRIGHT]})
+    seen = []
+    rewarder = Rewarder(lambda latents: 3 * latents, lambda images, prompts: seen.append(images) or images.mean((1, 2, 3)))
+    rewarder.scoring(["a"], run.generator)(torch.tensor([-1.0, 0.1, 1.0]).reshape(1, 3, 1, 1))
+    assert seen[0].flatten().tolist() == pytest.approx([-1.0, 0.3, 1.0])
 
 
 def start(tmp_path, method="dmd2", mode="lora", **settings):
@@ -185,17 +213,21 @@ def test_the_reference_is_the_student_at_the_terms_start_and_survives_a_pause(tm
 def test_the_two_gradients_are_brought_to_the_terms_ratio():
     a, b = torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([3.0]))
     term, norms = RLTerm(rewards=[BRIGHT], weight=0.5), torch.zeros(2)
-    backward_both(term, [a, b], 3 * a.sum(), 100 * b.sum(), norms)
+    backward_both(term, [a, b], 3 * a.sum(), 100 * b.sum(), norms, 1e6)
     assert a.grad.tolist() == [3.0, 3.0]
     assert b.grad.item() == pytest.approx(0.5 * math.sqrt(18))
     # a batch with hardly anything left to win is not driven like the one before
-    backward_both(term, [a, b], 3 * a.sum(), b.sum(), norms)
+    backward_both(term, [a, b], 3 * a.sum(), b.sum(), norms, 1e6)
     assert b.grad.item() == pytest.approx(0.5 * math.sqrt(18) / math.sqrt((0.95 * 100**2 + 1) / 1.95), rel=1e-4)
-    backward_both(term.model_copy(update={"balance": False}), [a, b], 3 * a.sum(), 100 * b.sum(), norms)
+    backward_both(term.model_copy(update={"balance": False}), [a, b], 3 * a.sum(), 100 * b.sum(), norms, 1e6)
     assert b.grad.item() == 50.0
-    backward_both(term, [a, b], torch.zeros(()), 100 * b.sum(), norms)
+    backward_both(term, [a, b], torch.zeros(()), 100 * b.sum(), norms, 1e6)
     assert a.grad is None
     assert b.grad.item() == 50.0
+    # a steep reward is clipped by itself, and leaves the distillation's gradient as it is
+    backward_both(term.model_copy(update={"balance": False}), [a, b], 3 * a.sum(), 100 * b.sum(), norms, 2.0)
+    assert a.grad.tolist() == [3.0, 3.0]
+    assert b.grad.item() == pytest.approx(2.0)
 
 
 def test_decoding_under_gradient_is_the_same_with_activations_made_again(tmp_path):
@@ -264,7 +296,7 @@ def test_a_start_must_fit_and_leave_something_to_do(tmp_path):
     with pytest.raises(UserError, match="has 1 updates already"):
         begin(second, tmp_path / "second")
     second.base = "another"
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="belongs to another model"):
         begin(second, tmp_path / "second")
     second.recipe.training.start_from = tmp_path / "nowhere"
     with pytest.raises(UserError, match="no checkpoint"):

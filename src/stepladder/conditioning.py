@@ -18,6 +18,11 @@ class Conditioning:
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
+    @property
+    def like(self) -> Tensor:
+        """Nothing, in float32, where the conditioning lies: what states are made like, whatever the embeddings' own precision."""
+        return torch.empty(0, device=next(iter(self.tensors.values())).device)
+
     def rows(self, index: Sequence[int] | slice) -> Conditioning:
         """The conditioning of some prompts."""
         return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})

@@ -42,6 +42,9 @@ class Process(Protocol):
     def predict(self, x: Tensor, output: Tensor, timestep: Tensor) -> Prediction:
         """What a network's output at x, (B, …), and a scalar or (B,) timestep says of x0 and eps."""
 
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """What networks of this process are trained to predict, from clean latents and noise: the scale of denoising losses."""
+
     def config(self) -> dict[str, Any]:
         """What `process_from` needs to build this process again, in diffusers' words."""
 
@@ -78,6 +81,10 @@ class FlowProcess:
     def predict(self, x: Tensor, output: Tensor, timestep: Tensor) -> Prediction:
         """The output is a velocity."""
         return predict_from_velocity(x, output.to(x.dtype), self.sigma(timestep).to(x.dtype))
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """The velocity: errors of the noise alone would vanish where there is nothing else."""
+        return eps - x0
 
     def config(self) -> dict[str, Any]:
         """A flow has no betas."""
@@ -163,6 +170,10 @@ class VariancePreservingProcess:
             return predict_from_noise(x, output.to(x.dtype), alpha, sigma)
         a, s, v = spread(alpha, x), spread(sigma, x), output.to(x.dtype)
         return Prediction(a * x - s * v, a * v + s * x)
+
+    def target(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """The noise."""
+        return eps
 
     def config(self) -> dict[str, Any]:
         """Betas and what the network puts out."""

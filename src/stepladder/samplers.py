@@ -52,7 +52,7 @@ def sample(
     watch: Any = None,
 ) -> Tensor:
     """Latents of one batch: (B, C, …) at the ladder's final size, in float32."""
-    like = next(iter(conditioning.tensors.values())).float()
+    like = conditioning.like
     noise = seeded_noise(backbone, sampler.ladder, seeds, like)
     empty = unconditional.expand(len(conditioning))
 

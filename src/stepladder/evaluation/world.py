@@ -47,7 +47,7 @@ def set_exam(backbone: Backbone, count: int, seed: int) -> Exam:
     height, width = backbone.default_size
     reference = torch.cat([render(others[start : start + 100], (height, width), generator) for start in range(0, REFERENCES, 100)])
     unconditional = backbone.unconditional()
-    device = next(iter(unconditional.tensors.values())).device
+    device = unconditional.like.device
     return Exam(scenes, prompts, encode_prompts(backbone, prompts).to(device), unconditional, reference, seed, load_judge())
 
 

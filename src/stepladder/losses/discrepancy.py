@@ -11,11 +11,12 @@ Kernel = Literal["linear", "rbf"]
 
 
 def squared_mmd(real: Tensor, fake: Tensor, kernel: Kernel = "linear", bandwidth: float = 100.0) -> Tensor:
-    """MMD² between the tokens of each pair of images, (B,), divided by the features' width for the linear kernel.
+    """MMD² between the tokens of each pair of images, (B,), divided by the features' width.
 
     The linear kernel compares token means: with k(x, y) = x·y, MMD² is the squared distance of the two means. The
-    Gaussian kernel exp(-|x - y|² / (2 bandwidth²)) compares all moments; its estimate leaves out the diagonal and so is
-    unbiased, and can be negative.
+    Gaussian kernel exp(-|x - y|² / (2 bandwidth²)), times bandwidth², compares all moments as far as tokens are apart by about the
+    bandwidth; with a much wider one it is the linear kernel. Its estimate leaves out the diagonal and so is unbiased, and can be
+    negative.
 
     Args:
         real, fake: (B, tokens, D).
@@ -33,7 +34,7 @@ def squared_mmd(real: Tensor, fake: Tensor, kernel: Kernel = "linear", bandwidth
         tokens = a.shape[1]
         return (similarity(a, a).sum((1, 2)) - tokens) / (tokens * (tokens - 1))
 
-    return own(real) + own(fake) - 2 * similarity(real, fake).mean((1, 2))
+    return bandwidth**2 / real.shape[2] * (own(real) + own(fake) - 2 * similarity(real, fake).mean((1, 2)))
 
 
 def pooled(features: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class Batch:
     @property
     def device(self) -> torch.device:
         """Where the batch lies."""
-        return next(iter(self.conditioning.tensors.values())).device
+        return self.conditioning.like.device
 
     def real(self, size: tuple[int, ...]) -> Tensor:
         """Latents of the batch's images at a latent size."""
@@ -199,12 +199,11 @@ class Method(ABC):
             return refl_term(resize(sample.x0, self.ladder.size), batch.score)
         if term.algorithm == "dpo":
             return dpo_term(term, ground, batch.score, options)
-        return grpo_term(term, ground, batch.score, options["mode"])
+        return grpo_term(term, ground, batch.score, options["mode"], options.get("mix_within", 1.0))
 
     def predict_at(self, roles: Roles, conditioning: Conditioning, index: int, generator: torch.Generator) -> Prediction:
         """Backward simulation: the steps before `index` without gradient, as in sampling; then the student with it."""
-        batch, like = len(conditioning), next(iter(conditioning.tensors.values()))
-        noise = initial_noise(self.ladder, batch, self.channels, generator, like)
+        noise = initial_noise(self.ladder, len(conditioning), self.channels, generator, conditioning.like)
         with torch.no_grad():
             student = bound(roles.student, conditioning)
             state = cascade(student, self.process, self.ladder, noise, generator, until=index, **self.config.sampler_options())

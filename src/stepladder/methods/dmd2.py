@@ -51,12 +51,13 @@ class DMD2(Method):
         return Sample(prediction.x0, x, timestep, step.stage, batch.conditioning, update)
 
     def fake_score_matching(self, roles: Roles, sample: Sample, generator: torch.Generator) -> Tensor:
-        """Noise prediction on the student's samples, renoised to any timestep."""
+        """Denoising of the student's samples, renoised to any timestep: of noise, or of a flow's velocity (DMDR section 3.1)."""
         x0 = sample.x0.detach()
         timestep = uniform(0.0, TIMESTEPS, len(x0), generator, x0)
         noise = gaussian(tuple(x0.shape), generator, x0)
         prediction = roles.fake_score(combine(self.process, x0, noise, timestep), timestep, sample.conditioning)
-        return (prediction.eps - noise).float().square().mean()
+        error = self.process.target(prediction.x0, prediction.eps) - self.process.target(x0, noise)
+        return error.float().square().mean()
 
     def student_matching(self, sample: Sample, fake: Prediction, real: Prediction) -> Tensor:
         """DMD2 Eq. 1, the gradient divided by the teacher's mean distance from the sample."""

@@ -22,6 +22,7 @@ from stepladder.roles import Role, bound
 from stepladder.sampling import cascade, initial_noise
 
 Score = Callable[[Tensor], Tensor]
+EXPLORATION = 0.7
 
 
 class RLTerm(BaseModel):
@@ -40,7 +41,13 @@ class RLTerm(BaseModel):
     alone: bool = Field(False, description="leave the distillation out once this term begins; rewards are then easily hacked")
     beta: float = Field(2000.0, gt=0, description="dpo: how hard a pair's margin is pressed")
     group: int = Field(4, ge=2, description="grpo: samples of a prompt")
-    exploration: float = Field(0.7, ge=0, lt=1, description="grpo: share of predicted noise kept at each step; the rest is fresh")
+    exploration: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="grpo: share of predicted noise kept at each step, the rest is fresh; by default as the method samples, or 0.7 "
+        "where it samples without fresh noise",
+    )
     clip: float = Field(0.2, gt=0, description="grpo: how far the ratio of probabilities may leave 1")
     decoder: str | None = Field(
         None, description="folder of a tiny VAE (AutoencoderTiny) to decode with; the model's own by default"
@@ -66,23 +73,25 @@ def dpo_term(term: RLTerm, ground: Ground, score: Score, options: dict[str, Any]
     the reference: the student as it was when this term began.
     """
     roles, process, ladder, generator = ground.roles, ground.process, ground.ladder, ground.generator
-    prompts, like = repeated(ground.conditioning, 2), next(iter(ground.conditioning.tensors.values()))
+    prompts, like = repeated(ground.conditioning, 2), ground.conditioning.like
     with torch.no_grad():
         noise = initial_noise(ladder, len(prompts), ground.channels, generator, like)
         both = cascade(bound(roles.student, prompts), process, ladder, noise, generator, **options)
         first, second = both.chunk(2)
-        better = score(first) >= score(second)
-    pick = better.reshape(-1, *(1,) * (first.ndim - 1))
-    chosen, rejected = torch.where(pick, first, second), torch.where(pick, second, first)
+        one, other = score(both).chunk(2)
+    better, worse = (mask.reshape(-1, *(1,) * (first.ndim - 1)) for mask in (one > other, one < other))
+    # a tie teaches nothing: such a pair is one image twice
+    chosen, rejected = torch.where(worse, second, first), torch.where(better, second, first)
     step = ladder.steps[int(torch.randint(len(ladder.steps), (), generator=generator))]
     targets = [resize(image, step.size) for image in (chosen, rejected)]
     fresh = gaussian(tuple(targets[0].shape), generator, targets[0])
     clock = torch.tensor(step.timestep, device=fresh.device)
     states = torch.cat([combine(process, target, fresh, clock) for target in targets])
-    goal = torch.cat([fresh, fresh])
+    goal = torch.cat([process.target(target, fresh) for target in targets])
 
     def errors(role: Role) -> tuple[Tensor, Tensor]:
-        found = (role(states, clock, prompts).eps - goal).float().square().flatten(1).mean(1).chunk(2)
+        predicted = role(states, clock, prompts)
+        found = (process.target(predicted.x0, predicted.eps) - goal).float().square().flatten(1).mean(1).chunk(2)
         return found[0], found[1]
 
     with torch.no_grad():
@@ -90,15 +99,19 @@ def dpo_term(term: RLTerm, ground: Ground, score: Score, options: dict[str, Any]
     return dpo_loss(*errors(roles.student), *before, term.beta)
 
 
-def grpo_term(term: RLTerm, ground: Ground, score: Score, mode: ResampleMode) -> Tensor:
+def grpo_term(term: RLTerm, ground: Ground, score: Score, mode: ResampleMode, within: float) -> Tensor:
     """GRPO: groups of samples a prompt, drawn with fresh noise at every step, whose steps are made more or less probable.
 
-    A step's state is N(alpha_t U(x0) + sigma_t m U(eps), sigma_t² (1 - m²)), m being `exploration`: the sampler's own
-    renoise, so its log-probability is exact. The last step has no noise and so no probability: its reward reaches the
-    steps before it. One of those is taken for the batch.
+    A step's state is N(alpha_t U(x0) + sigma_t m U(eps), sigma_t² (1 - m²)), m being `exploration`: the sampler's renoise, so
+    its log-probability is exact. The last step has no noise and so no probability: its reward reaches the steps before it. One
+    of those is taken for the batch.
+
+    Args:
+        within: share of predicted noise that the method's own sampler keeps within a resolution.
     """
+    mix = term.exploration if term.exploration is not None else within if within < 1 else EXPLORATION
     process, ladder, generator = ground.process, ground.ladder, ground.generator
-    prompts, like = repeated(ground.conditioning, term.group), next(iter(ground.conditioning.tensors.values()))
+    prompts, like = repeated(ground.conditioning, term.group), ground.conditioning.like
     student, states = bound(ground.roles.student, prompts), []
     with torch.no_grad():
         x = initial_noise(ladder, len(prompts), ground.channels, generator, like)
@@ -107,14 +120,14 @@ def grpo_term(term: RLTerm, ground: Ground, score: Score, mode: ResampleMode) ->
             if after is None:
                 rewards = score(prediction.x0)
                 break
-            mean, deviation = transition(process, prediction, after, term.exploration, mode)
+            mean, deviation = transition(process, prediction, after, mix, mode)
             onward = mean + deviation * gaussian(tuple(mean.shape), generator, mean)
             states.append((step, after, x, onward, log_probability(onward, mean, deviation)))
             x = onward
     # members of a group are as many rows apart as the batch has prompts
     advantages = group_advantages(rewards.view(term.group, -1).T).T.flatten()
     step, after, x, onward, old = states[int(torch.randint(len(states), (), generator=generator))]
-    mean, deviation = transition(process, student(x, torch.tensor(step.timestep, device=x.device)), after, term.exploration, mode)
+    mean, deviation = transition(process, student(x, torch.tensor(step.timestep, device=x.device)), after, mix, mode)
     return grpo_loss(log_probability(onward, mean, deviation), old, advantages, term.clip)
 
 

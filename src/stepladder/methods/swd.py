@@ -56,7 +56,11 @@ class SwD(Method):
         low = batch.real(before.size)
         clock = torch.tensor(step.timestep, device=low.device)
         image = Prediction(low, torch.zeros_like(low))
-        state = renoise(self.process, image, clock, step.size, 0.0, generator, self.config.resample)
+        if index:
+            state = renoise(self.process, image, clock, step.size, 0.0, generator, self.config.resample)
+        else:
+            # as in sampling, also where the schedule never quite reaches pure noise
+            state = gaussian(tuple(low.shape), generator, low)
         prediction = roles.student(state, clock, batch.conditioning)
         # times are drawn as places of the grid, which falls: high noise is where the place is low
         places = self.renoise_times(len(GRID), self.config.first_renoise, update, batch, generator)

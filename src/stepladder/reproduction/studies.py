@@ -132,7 +132,7 @@ def _better(row: str, others: Sequence[str], *figures: str) -> tuple[Claim, ...]
 
 
 JUDGE = [{"name": "judge"}]
-DISTILLED, REWARDED, HACKED = 160, 220, 280
+DISTILLED, REWARDED, HACKED = 160, 200, 240
 # beside the distillation, weights of the running norms of gradients: ReFL's is nothing in most batches and a lot in those that miss
 # a shape; alone, of the losses, so that gradients are about as long
 BALANCED = {"refl": 100.0, "dpo": 10.0, "grpo": 10.0}
@@ -256,7 +256,7 @@ STUDIES = {
             Row("full", swd(fake_updates=2, mmd={"weight": MMD_WEIGHT})),
             Row("MMD alone", swd(matching_weight=0.0, gan=None)),
             Row("without MMD", swd(fake_updates=2, mmd=None)),
-            Row("RBF kernel", swd(fake_updates=2, mmd={"kernel": "rbf", "weight": MMD_WEIGHT})),
+            Row("RBF kernel", swd(fake_updates=2, mmd={"kernel": "rbf", "bandwidth": 15.0, "weight": MMD_WEIGHT})),
             Row("averaged over the batch", swd(fake_updates=2, mmd={"pool": "batch", "weight": MMD_WEIGHT})),
             Row("features without noise", swd(fake_updates=2, mmd={"timesteps": [0.0, 0.0], "weight": MMD_WEIGHT})),
         ),

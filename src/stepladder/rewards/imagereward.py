@@ -23,7 +23,11 @@ VISION = {
     **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
     **{"image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6},
 }
-TEXT = {"vocab_size": 30524, "hidden_size": 768, "encoder_hidden_size": 1024, "intermediate_size": 3072, "is_decoder": True}
+TEXT = {
+    **{"vocab_size": 30524, "hidden_size": 768, "encoder_hidden_size": 1024, "intermediate_size": 3072, "is_decoder": True},
+    # BlipTextConfig's own default is 8 heads, with which the weights would fit and mean nothing
+    **{"num_hidden_layers": 12, "num_attention_heads": 12},
+}
 
 
 class Blip(nn.Module):

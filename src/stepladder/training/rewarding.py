@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepladder.backbones.base import Backbone
 from stepladder.errors import UserError
+from stepladder.images import still
 from stepladder.methods.reinforcement import RLTerm
 from stepladder.rewards import build_reward
 from stepladder.rewards.base import Reward
@@ -53,9 +54,8 @@ class Rewarder:
         return score
 
     def _seen(self, latents: Tensor, texts: Sequence[str]) -> Tensor:
-        pictures = self.decode(latents)
-        if pictures.ndim == 5:
-            pictures = pictures[:, :, pictures.shape[2] // 2]
+        # what no picture can hold must not be rewarded
+        pictures = still(self.decode(latents)).clamp(-1, 1)
         return self.reward(pictures, texts).float()
 
 

@@ -34,6 +34,8 @@ from stepladder.training.recipe import Recipe, load_recipe
 from stepladder.training.rewarding import Rewarder
 
 RECIPE_FILE = "recipe.yaml"
+# raised whenever a checkpoint holds something else than before
+STATE_FORMAT = 2
 GRID_PROMPTS = 8
 BALANCE_DECAY = 0.95
 
@@ -140,6 +142,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Everything the next update depends on."""
         return {
+            "format": STATE_FORMAT,
             "update": self.update,
             "identity": self.recipe.identity(),
             "base": self.base,
@@ -160,6 +163,7 @@ class Run:
             UserError: the checkpoint was written by another recipe, for another model or from other prompts.
         """
         own = (
+            ("format", STATE_FORMAT, "version of Stepladder"),
             ("identity", self.recipe.identity(), "recipe"),
             ("base", self.base, "model"),
             ("prompts", self.prompts.digest, "prompts"),
@@ -182,8 +186,9 @@ class Run:
         Raises:
             UserError: the checkpoint's model or adapters are not this recipe's.
         """
-        if state.get("base") != self.base:
-            raise UserError(f"{path} was trained on another model; start from a run on this recipe's model")
+        for key, value, name in (("format", STATE_FORMAT, "version of Stepladder"), ("base", self.base, "model")):
+            if state.get(key) != value:
+                raise UserError(f"{path} belongs to another {name}; start from a run of this {name}")
         load_parameters(self.roles, REFERENCE, state["weights"][STUDENT] if self.roles.parameters(REFERENCE) else {})
         self._take_over(state, [role for role in self.optimizers if role in state["weights"]])
 
@@ -193,10 +198,11 @@ class Run:
             load_parameters(self.roles, role, state["weights"][role])
             saved, groups = state["optimizers"][role], self.optimizers[role].param_groups
             if [len(group["params"]) for group in groups] == [len(group["params"]) for group in saved["param_groups"]]:
-                rates = [group["lr"] for group in groups]
+                # the moments are the run's of before; rates, betas and decay this recipe's
+                options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
                 self.optimizers[role].load_state_dict(saved)
-                for group, rate in zip(self.optimizers[role].param_groups, rates, strict=True):
-                    group["lr"] = rate
+                for group, own in zip(self.optimizers[role].param_groups, options, strict=True):
+                    group.update(own)
         self.average = {name: tensor.to(self.device) for name, tensor in state["average"].items()}
         self.generator.set_state(state["generator"])
         self.update = state["update"]
@@ -257,7 +263,7 @@ def _descend(run: Run, role: str, loss: Tensor, wanted: Tensor | None = None) ->
     parameters = learning(run.roles, run.method, role)
     more: dict[str, float] = {}
     if wanted is not None:
-        more = backward_both(run.method.config.rl, parameters, loss, wanted, run.norms)
+        more = backward_both(run.method.config.rl, parameters, loss, wanted, run.norms, run.recipe.training.max_grad_norm)
     else:
         # an adversarial student loss passes through the fake score, which must not learn from it
         loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
@@ -273,11 +279,14 @@ def _descend(run: Run, role: str, loss: Tensor, wanted: Tensor | None = None) ->
     return {f"{role}_loss": value, f"{role}_grad_norm": size} | more
 
 
-def backward_both(term: RLTerm, parameters: list[nn.Parameter], loss: Tensor, wanted: Tensor, norms: Tensor) -> dict[str, float]:
+def backward_both(
+    term: RLTerm, parameters: list[nn.Parameter], loss: Tensor, wanted: Tensor, norms: Tensor, limit: float
+) -> dict[str, float]:
     """Leave the gradient of DMDR Eq. 2, `loss` plus a coefficient times `wanted`, in the parameters.
 
     Where both have a gradient and the term balances, the coefficient brings their running norms, kept in `norms`, to the term's
-    ratio. Running ones: a batch that has all it is rewarded for shall not be driven as hard as one that has not.
+    ratio. Running ones: a batch that has all it is rewarded for shall not be driven as hard as one that has not. The rewards' share
+    is clipped to `limit` by itself, lest a steep one shrink the distillation's beside it.
     """
     distils = loss.requires_grad
     own = torch.autograd.grad(wanted, parameters, retain_graph=distils, allow_unused=True)
@@ -288,6 +297,7 @@ def backward_both(term: RLTerm, parameters: list[nn.Parameter], loss: Tensor, wa
         norm = torch.nn.utils.get_total_norm([gradient for gradient in distilled if gradient is not None])
         norms.lerp_(torch.stack([norm.square(), size.square()]).to(norms), 1 - BALANCE_DECAY)
         coefficient = term.weight * (norms[0] / norms[1].clamp(min=1e-24)).sqrt().to(size)
+    coefficient = torch.minimum(coefficient, limit / size.clamp(min=1e-12))
     # DMDR Eq. 2
     for parameter, first, second in zip(parameters, distilled, own, strict=True):
         parts = [part for part in (first, None if second is None else coefficient * second) if part is not None]
