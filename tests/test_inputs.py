@@ -287,3 +287,39 @@ def test_fine_tunes_in_one_file(tmp_path, content):
         return
     loaded = load_backbone(model, weights=weights).network.state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": {"name": "rmd", "rl": {"rewards": [{"name": "judge"}], "algoritm": "dpo"}}}, "did you mean algorithm?"),
+        ({"method": {"name": "rmd", "rl": {"rewards": [{"name": "hpsv3"}]}}}, "unknown reward 'hpsv3'"),
+        (
+            {"method": {"name": "rmd", "matching_weight": 0, "cold_start": {}, "rl": {"rewards": [{"name": "judge"}]}}},
+            "nothing is learned until then",
+        ),
+        ({"method": {"name": "rmd", "mmd": {"timesteps": [900.0, 100.0]}}}, "does not fall"),
+        ({"method": {"name": ["rmd"]}}, "unknown method ['rmd']"),
+        ({"training__betas": [1.0, 0.999]}, "less than 1"),
+        ({"ladder": {"preset": ["sd35"]}}, "unknown preset ['sd35']"),
+        ({"ladder": {"preset": "swd-flux", "steps": 8}}, "names its timesteps, beside which steps means nothing"),
+        ({"data__images": "shards"}, "images bring their own prompts"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_with_the_recipe(tmp_path, changes, message):
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe_file(tmp_path, **changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dry_run_names_terms_missing_weights_and_what_only_a_ladder_shows():
+    lines = "\n".join(dry_run(load_recipe(RECIPES / "dmdr-sdxl.yaml", ["training.start_from=nowhere"])))
+    assert "with cold_start; refl with clip, hpsv2" in lines
+    assert "missing: " in lines
+    assert "HPS_v2.1_compressed.safetensors" in lines
+    assert "which has no checkpoint yet" in lines
+    assert "come on top, uncounted" in lines
+    one_step = ["ladder.preset=null", "ladder.sizes=[[1024,1024]]", "ladder.steps=1", "method.rl.algorithm=grpo"]
+    with pytest.raises(UserError, match="at least two steps"):
+        dry_run(load_recipe(RECIPES / "dmdr-sdxl.yaml", one_step))

@@ -15,9 +15,11 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from stepladder.backbones.loading import tiny_clip
 from stepladder.errors import UserError
+from stepladder.methods.reinforcement import RLTerm
 from stepladder.rewards import build_reward, rewards
 from stepladder.rewards.base import RewardSpec
 from stepladder.rewards.clip import Aesthetic, ClipScore, HPSv2, PickScore, from_open_clip, score_head
+from stepladder.rewards.function import Function
 from stepladder.rewards.imagereward import DEVIATION, MEAN, Blip, ImageReward, from_original
 from stepladder.rewards.preprocess import CLIP_MEAN, CLIP_STD, cropped, letterboxed
 from stepladder.world.captions import captions, read_caption
@@ -306,17 +308,36 @@ def test_rewards_are_found():
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ({"name": "beauty"}, "unknown reward"),
-        ({"name": "clip"}, "needs a model"),
         ({"name": "clip", "path": "./nowhere"}, "cannot be loaded"),
-        ({"name": "aesthetic", "path": "./nowhere"}, "needs its head"),
-        ({"name": "imagereward", "path": "./nowhere"}, "needs its weights"),
         ({"name": "imagereward", "path": "./x", "weights": "a.pt"}, "pickled weights are not loaded"),
         ({"name": "function", "function": "nothing:here"}, "cannot be imported"),
-        ({"name": "function"}, "cannot be imported"),
         ({"name": "judge", "path": "./nowhere"}, "there is no judge at"),
     ],
 )
 def test_rewards_that_cannot_be_had_say_why(spec, words):
     with pytest.raises(UserError, match=words):
         build_reward([RewardSpec(**spec)], CPU)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"name": "beauty"}, "unknown reward"),
+        ({"name": "clip"}, "clip reward needs path: the model's folder"),
+        ({"name": "hpsv2", "path": "./nowhere"}, "hpsv2 reward needs weights"),
+        ({"name": "aesthetic", "path": "./nowhere"}, "aesthetic reward needs weights"),
+        ({"name": "imagereward", "path": "./nowhere"}, "imagereward reward needs weights"),
+        ({"name": "function"}, "function reward needs function: of your own"),
+    ],
+)
+def test_rewards_that_lack_something_are_refused_with_the_recipe(spec, words):
+    with pytest.raises(ValueError, match=words):
+        RLTerm(rewards=[spec])
+
+
+def test_functions_that_keep_no_promise_are_told_so():
+    images = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(UserError, match="passes no gradient"):
+        Function(lambda images, prompts: images.detach().mean((1, 2, 3)), True)(images, ["a", "b"])
+    with pytest.raises(UserError, match="gave list where a tensor"):
+        Function(lambda images, prompts: [0.0, 0.0], False)(images, ["a", "b"])

@@ -10,12 +10,13 @@ from stepladder.backbones.base import Backbone
 from stepladder.data.prompts import read_prompts
 from stepladder.data.shards import ImageShards
 from stepladder.export import export_student
+from stepladder.methods.base import MethodConfig
 from stepladder.planning import TrainingSetup, plan_ladder, plan_memory
 from stepladder.precision import pick_device, weight_dtype
 from stepladder.scheduler import LadderScheduler
 from stepladder.storage import write_text
 from stepladder.training.recipe import Recipe
-from stepladder.training.trainer import RECIPE_FILE, Run, begin, check_folder, train
+from stepladder.training.trainer import RECIPE_FILE, Run, begin, build_method, check_folder, checkpoints, train
 from stepladder.world.paths import resolve_model
 
 BUNDLED_STEPS = 28
@@ -70,6 +71,8 @@ def dry_run(recipe: Recipe) -> list[str]:
     """What a recipe would do and need, from the model's configuration alone; nothing is loaded or written."""
     backbone = sketch_backbone(resolve_model(recipe.model.path), recipe.model.max_sequence_length)
     ladder = recipe.ladder.build(backbone)
+    # what a method refuses of its ladder, it refuses here
+    config = build_method(recipe, backbone, ladder).config
     training, steps = recipe.training, teacher_steps_of(backbone)
     plan = plan_ladder(backbone, ladder, steps)
     setup = TrainingSetup(recipe.roles.lora_rank, training.batch_size, recipe.roles.gradient_checkpointing)
@@ -79,12 +82,36 @@ def dry_run(recipe: Recipe) -> list[str]:
     return [
         f"model: {recipe.model.path} ({backbone.pipeline_class}, {plan.parameters / 1e6:.1f} M parameters)",
         f"ladder: {ladder.allocation()}, " + ", ".join(f"t={s.timestep:.0f} at {'x'.join(map(str, s.size))}" for s in ladder.steps),
-        f"method: {recipe.method['name']}, roles: {recipe.roles.mode}",
-        f"data: {_prompts(recipe)}, {training.updates} updates of {training.batch_size}"
-        + (f", counting those of {training.start_from}, where it starts" if training.start_from is not None else ""),
-        f"memory to train at this batch: about {memory[mode] / 2**30:.1f} GiB; fits {cards}",
+        f"method: {recipe.method['name']}, roles: {recipe.roles.mode}" + _terms(config),
+        f"data: {_prompts(recipe)}",
+        f"training: {training.updates} updates of {training.batch_size}" + _start(recipe),
+        *(f"missing: {path}" for path in _missing(recipe)),
+        f"memory to train at this batch: about {memory[mode] / 2**30:.1f} GiB; fits {cards}"
+        + ("; rewards, GAN and MMD come on top, uncounted" if config.rl or config.gan or config.mmd else ""),
         f"speed: {plan.speedup_over_teacher:.1f} × the teacher's ({steps} steps{'' if backbone.embeds_guidance else ', guided'})",
     ]
+
+
+def _terms(config: MethodConfig) -> str:
+    """The terms beside a method's own, in words."""
+    words = [name for name in ("cold_start", "gan", "mmd") if getattr(config, name) is not None]
+    if config.rl is not None:
+        words.append(f"{config.rl.algorithm} with {', '.join(reward.name for reward in config.rl.rewards)}")
+    return f", with {'; '.join(words)}" if words else ""
+
+
+def _start(recipe: Recipe) -> str:
+    start = recipe.training.start_from
+    if start is None:
+        return ""
+    return f", counting those of {start}, where it starts" + ("" if checkpoints(start) else ", which has no checkpoint yet")
+
+
+def _missing(recipe: Recipe) -> list[Path]:
+    """Files of weights that a recipe names and that are not there."""
+    rewards = (recipe.method.get("rl") or {}).get("rewards", [])
+    named = [recipe.model.weights, *(reward["weights"] for reward in rewards)]
+    return [Path(path) for path in named if path is not None and not Path(path).exists()]
 
 
 def _prompts(recipe: Recipe) -> str:

@@ -96,6 +96,10 @@ class MethodConfig(BaseModel):
     def _some_term(self) -> MethodConfig:
         if not self.matching_weight and self.gan is None and self.mmd is None and self.rl is None:
             raise ValueError("matching_weight is 0 and there is neither gan, mmd nor rl: nothing would be learned; add a term")
+        if not self.matching_weight and self.gan is None and self.mmd is None and self.cold_start is not None:
+            raise ValueError(
+                "matching_weight is 0 and rewards begin after the cold start: nothing is learned until then; drop cold_start"
+            )
         return self
 
     def sampler_options(self) -> dict[str, Any]:
@@ -119,6 +123,8 @@ class Method(ABC):
         self.process = setting.process
         self.channels = setting.channels
         self.head = Discriminator(setting.feature_width) if config.gan is not None else None
+        if config.rl is not None and config.rl.algorithm == "grpo" and len(self.ladder.steps) < 2:
+            raise UserError("grpo makes steps more or less probable, and the last has no noise: give the ladder at least two steps")
 
     @classmethod
     def wants_images(cls, config: MethodConfig) -> bool:

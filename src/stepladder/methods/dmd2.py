@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stepladder.losses.matching import normalised_matching_loss
 from stepladder.methods.base import Batch, Method, MethodConfig, Sample, drawn
-from stepladder.methods.terms import uniform
+from stepladder.methods.terms import Timesteps, uniform
 from stepladder.prediction import Prediction
 from stepladder.processes import TIMESTEPS
 from stepladder.renoise import combine, gaussian, renoise
@@ -24,7 +24,7 @@ class DMD2Config(MethodConfig):
     name: Literal["dmd2"] = "dmd2"
     guidance_scale: float = Field(8.0, ge=1, description="classifier-free guidance on the real score")
     fake_updates: int = Field(5, ge=1, description="fake-score updates for each student update")
-    timesteps: tuple[float, float] = Field((20.0, 980.0), description="the student's samples are renoised uniformly in between")
+    timesteps: Timesteps = Field((20.0, 980.0), description="the student's samples are renoised uniformly in between")
     resample: ResampleMode = Field("bilinear", description="kernel of U, on ladders of several rungs")
 
     def sampler_options(self) -> dict[str, Any]:

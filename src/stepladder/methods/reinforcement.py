@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from stepladder.conditioning import Conditioning
@@ -17,6 +17,7 @@ from stepladder.prediction import Prediction
 from stepladder.processes import Process
 from stepladder.renoise import combine, gaussian
 from stepladder.resample import ResampleMode, resize
+from stepladder.rewards import check_specs
 from stepladder.rewards.base import RewardSpec
 from stepladder.roles import Role, bound
 from stepladder.sampling import cascade, initial_noise
@@ -53,6 +54,12 @@ class RLTerm(BaseModel):
         None, description="folder of a tiny VAE (AutoencoderTiny) to decode with; the model's own by default"
     )
     crop: int | None = Field(None, ge=8, description="decode only a random square of so many latent pixels")
+
+    @field_validator("rewards")
+    @classmethod
+    def _known(cls, value: list[RewardSpec]) -> list[RewardSpec]:
+        check_specs(value)
+        return value
 
 
 def repeated(conditioning: Conditioning, times: int) -> Conditioning:

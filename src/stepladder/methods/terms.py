@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from stepladder.conditioning import Conditioning
 from stepladder.ladder import Ladder
 from stepladder.losses.adversarial import Discriminator, discriminator_loss, generator_loss
 from stepladder.losses.discrepancy import Kernel, pooled, squared_mmd
-from stepladder.processes import Process
+from stepladder.processes import TIMESTEPS, Process
 from stepladder.renoise import combine, gaussian
 from stepladder.roles import Roles
 
-Timesteps = tuple[float, float]
+
+def _interval(value: tuple[float, float]) -> tuple[float, float]:
+    low, high = value
+    if not 0 <= low <= high <= TIMESTEPS:
+        raise ValueError(f"an interval of timesteps lies between 0 and {TIMESTEPS:.0f} and does not fall")
+    return value
+
+
+Timesteps = Annotated[tuple[float, float], AfterValidator(_interval)]
 
 
 class GANTerm(BaseModel):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from stepladder.discovery import classes_in
-from stepladder.errors import UserError
 from stepladder.rewards.base import Reward, RewardSpec
 
 
@@ -40,11 +39,20 @@ def build_reward(specs: Sequence[RewardSpec], device: torch.device) -> Reward:
     """The weighted sum of rewards as a recipe names them.
 
     Raises:
-        UserError: a name is unknown, or a reward's files cannot be read.
+        UserError: a reward's files cannot be read.
     """
-    parts = []
+    return WeightedSum([rewards()[spec.name].build(spec, device) for spec in specs], [spec.weight for spec in specs])
+
+
+def check_specs(specs: Sequence[RewardSpec]) -> None:
+    """Refuse what no reward can be built from, before anything is loaded.
+
+    Raises:
+        ValueError: a name is unknown, or what its reward needs is not given.
+    """
     for spec in specs:
         if spec.name not in rewards():
-            raise UserError(f"unknown reward {spec.name!r}; known rewards: {', '.join(sorted(rewards()))}")
-        parts.append(rewards()[spec.name].build(spec, device))
-    return WeightedSum(parts, [spec.weight for spec in specs])
+            raise ValueError(f"unknown reward {spec.name!r}; known rewards: {', '.join(sorted(rewards()))}")
+        for key in rewards()[spec.name].needs:
+            if getattr(spec, key) is None:
+                raise ValueError(f"the {spec.name} reward needs {key}: {RewardSpec.model_fields[key].description}")

@@ -31,10 +31,12 @@ class RewardSpec(BaseModel):
 class Reward(ABC):
     """Scores pictures against their prompts; higher is better.
 
-    name: as recipes call it · differentiable: whether gradients reach the images, as ReFL needs.
+    name: as recipes call it · needs: what its entry in a recipe must say · differentiable: whether gradients reach the images, as
+    ReFL needs.
     """
 
     name: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]] = ()
     differentiable: bool = True
 
     @classmethod

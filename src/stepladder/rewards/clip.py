@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -20,11 +20,12 @@ from stepladder.rewards.preprocess import cropped, letterboxed
 class ClipScore(Reward):
     """A hundred times the cosine of a picture's and its prompt's embeddings; any CLIP will do, DFN's too.
 
-    `path` is a CLIP in transformers' layout; `weights`, where given, are put in its place: those of a CLIP of the same shape, in
-    open_clip's names.
+    `path` is a CLIP in transformers' layout; `weights`, where given, are put in its place: those of a CLIP of the same
+    shape and activation, in open_clip's names.
     """
 
     name = "clip"
+    needs: ClassVar[tuple[str, ...]] = ("path",)
 
     def __init__(self, model: CLIPModel, tokenizer: Any) -> None:
         self.model = model
@@ -68,6 +69,7 @@ class HPSv2(ClipScore):
     """
 
     name = "hpsv2"
+    needs = ("path", "weights")
 
     def prepared(self, images: Tensor) -> Tensor:
         """Pictures as HPSv2's vision encoder takes them."""
@@ -78,6 +80,7 @@ class Aesthetic(Reward):
     """The LAION aesthetic predictor, 1 to 10: a head without activations on CLIP ViT-L/14's normalised picture embedding."""
 
     name = "aesthetic"
+    needs = ("path", "weights")
 
     def __init__(self, model: CLIPModel, head: nn.Module) -> None:
         self.model = model
@@ -86,8 +89,7 @@ class Aesthetic(Reward):
     @classmethod
     def build(cls, spec: RewardSpec, device: torch.device) -> Reward:
         """The CLIP at `path` and the head in `weights`."""
-        if spec.weights is None:
-            raise UserError("the aesthetic reward needs its head: set weights to a safetensors file of the LAION predictor")
+        assert spec.weights is not None
         model, _ = load_clip(spec, device)
         head = score_head(model.config.projection_dim).to(device)
         put(head, {name.removeprefix("layers."): value for name, value in read_weights(spec.weights).items()}, spec.weights)
@@ -138,18 +140,11 @@ def load_clip(spec: RewardSpec, device: torch.device) -> tuple[CLIPModel, Any]:
     """A frozen CLIP and its tokenizer.
 
     Raises:
-        UserError: there is no path, or nothing loads from there.
+        UserError: nothing loads from its path.
     """
-    path = needed(spec)
+    path = spec.path or ""
     model = loaded(lambda: CLIPModel.from_pretrained(path, use_safetensors=True), path)
     return model.to(device).eval().requires_grad_(False), loaded(lambda: AutoTokenizer.from_pretrained(path), path)
-
-
-def needed(spec: RewardSpec) -> str:
-    """The path of a reward that cannot do without."""
-    if spec.path is None:
-        raise UserError(f"the {spec.name} reward needs a model: set its path to a folder or hub id")
-    return spec.path
 
 
 def loaded(load: Callable[[], Any], path: str) -> Any:

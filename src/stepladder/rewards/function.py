@@ -16,6 +16,7 @@ class Function(Reward):
     """`function: package.module:name`, called with images (B, 3, H, W) in [-1, 1] and B prompts, gives B scores."""
 
     name = "function"
+    needs = ("function",)
 
     def __init__(self, call: Callable[[Tensor, Sequence[str]], Tensor], differentiable: bool) -> None:
         self.call = call
@@ -33,6 +34,9 @@ class Function(Reward):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,)."""
         scores = self.call(images, prompts)
-        if tuple(scores.shape) != (len(images),):
-            raise UserError(f"the reward function gave {tuple(scores.shape)} where {(len(images),)} is wanted: one score a picture")
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        if shape != (len(images),):
+            raise UserError(f"the reward function gave {shape} where a tensor of {(len(images),)} is wanted: one score a picture")
+        if self.differentiable and images.requires_grad and not scores.requires_grad:
+            raise UserError("the reward function passes no gradient to the images; set differentiable to false and use dpo or grpo")
         return scores

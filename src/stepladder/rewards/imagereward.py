@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from stepladder.errors import UserError
 from stepladder.rewards.base import Reward, RewardSpec
-from stepladder.rewards.clip import loaded, needed, put, read_weights, score_head
+from stepladder.rewards.clip import loaded, put, read_weights, score_head
 from stepladder.rewards.preprocess import cropped
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072
@@ -45,6 +44,7 @@ class ImageReward(Reward):
     """`path` holds bert-base-uncased's tokenizer, `weights` ImageReward's own file as safetensors."""
 
     name = "imagereward"
+    needs = ("path", "weights")
 
     def __init__(self, blip: Blip, tokenizer: Any) -> None:
         self.blip = blip
@@ -53,9 +53,8 @@ class ImageReward(Reward):
     @classmethod
     def build(cls, spec: RewardSpec, device: torch.device) -> Reward:
         """BLIP at ImageReward's size with its weights."""
-        path = needed(spec)
-        if spec.weights is None:
-            raise UserError("the imagereward reward needs its weights: set weights to ImageReward's file, converted to safetensors")
+        path = spec.path or ""
+        assert spec.weights is not None
         blip = Blip(VISION, TEXT)
         put(blip, from_original(read_weights(spec.weights)), spec.weights)
         tokenizer = loaded(lambda: AutoTokenizer.from_pretrained(path), path)

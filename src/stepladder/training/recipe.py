@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -24,6 +24,9 @@ FREE_KEYS = (
     *("start_from", "updates", "checkpoint_every", "keep_checkpoints", "sample_every"),
     *("student_learning_rate", "fake_score_learning_rate"),
 )
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Part(BaseModel):
@@ -69,9 +72,15 @@ class LadderPart(Part):
     @classmethod
     def _from_preset(cls, value: Any) -> Any:
         name = value.get("preset") if isinstance(value, dict) else None
-        if name is not None and name not in PRESETS:
+        if name is None:
+            return value
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
-        return {**asdict(PRESETS[name]), **value} if name else value
+        preset = asdict(PRESETS[name])
+        given = [key for key in ("steps", "spacing", "sigma_min") if key in value]
+        if preset["timesteps"] is not None and given and "timesteps" not in value:
+            raise ValueError(f"preset {name} names its timesteps, beside which {given[0]} means nothing; set timesteps or drop it")
+        return {**preset, **value}
 
     def build(self, backbone: Backbone) -> Ladder:
         """The ladder for a backbone."""
@@ -100,7 +109,9 @@ class DataPart(Part):
     @model_validator(mode="after")
     def _one_source(self) -> DataPart:
         if (self.prompts is None) == (self.images is None):
-            raise ValueError("give either prompts, a text file, or images, a folder of shards that hold prompts too")
+            if self.images is not None:
+                raise ValueError("images bring their own prompts, and prompts are given too: drop those (data.prompts=null)")
+            raise ValueError("give prompts, a text file, or images, a folder of shards that hold prompts too")
         return self
 
 
@@ -116,7 +127,7 @@ class TrainingPart(Part):
     batch_size: int = Field(32, ge=1)
     student_learning_rate: float = Field(4e-6, gt=0)
     fake_score_learning_rate: float = Field(2e-5, gt=0)
-    betas: tuple[float, float] = (0.0, 0.999)
+    betas: tuple[Beta, Beta] = (0.0, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the student's weights that are sampled and exported")
@@ -142,7 +153,7 @@ class Recipe(Part):
     @classmethod
     def _known_method(cls, value: dict[str, Any]) -> dict[str, Any]:
         name = value.get("name")
-        if name not in methods():
+        if not isinstance(name, str) or name not in methods():
             raise ValueError(f"unknown method {name!r}; known methods: {', '.join(sorted(methods()))}")
         return methods()[name].Config.model_validate(value).model_dump(mode="json")
 
@@ -151,7 +162,7 @@ class Recipe(Part):
         if self.data.images is None and methods()[self.method["name"]].wants_images(self.method_config()):
             raise ValueError(
                 f"method {self.method['name']} with these terms needs images: make some with stepladder synthesize and set "
-                "data.images to their folder"
+                "data.images to their folder instead of data.prompts"
             )
         return self
 
@@ -234,12 +245,12 @@ def _folder_or_hub_id(name: str, home: Path) -> str:
 def parse_recipe(tree: dict[str, Any]) -> Recipe:
     """Validate a recipe that is already a mapping."""
     method = tree.get("method")
-    if isinstance(method, dict) and method.get("name") in methods():
+    if isinstance(method, dict) and isinstance(method.get("name"), str) and method["name"] in methods():
         config = methods()[method["name"]].Config
         try:
             config.model_validate(method)
         except ValidationError as error:
-            raise UserError(_explain(error, "method.", set(config.model_fields))) from error
+            raise UserError(_explain(error, "method.", _keys(config))) from error
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
@@ -262,16 +273,23 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} has a value that is not YAML; quote it") from error
 
 
-def _known_keys() -> set[str]:
-    parts: list[type[BaseModel]] = [Recipe, ModelPart, LadderPart, RolesPart, DataPart, TrainingPart]
-    return {key for part in parts for key in part.model_fields}
+def _keys(model: type[BaseModel]) -> set[str]:
+    """Keys of a model and of all models inside it."""
+    found = set(model.model_fields)
+    for field in model.model_fields.values():
+        inside = [field.annotation, *get_args(field.annotation)]
+        inside += [argument for kind in inside for argument in get_args(kind)]
+        for kind in inside:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= _keys(kind)
+    return found
 
 
 def _explain(error: ValidationError, prefix: str = "", known: set[str] | None = None) -> str:
     first = error.errors()[0]
     where = prefix + ".".join(str(item) for item in first["loc"])
     if first["type"] == "extra_forbidden":
-        keys = known or _known_keys()
+        keys = known or _keys(Recipe)
         near = difflib.get_close_matches(str(first["loc"][-1]), keys, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(keys))}"
         return f"unknown key {where}; {hint}"
