@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,12 @@ def replace_folder(beside: Path, folder: Path, ours: str) -> None:
         UserError: `folder` holds something else than a folder of ours, known by its file `ours`.
     """
     check_replaceable(folder, ours)
-    aside = folder.with_name(folder.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
+    # a name that nobody else has: a user's own backup may well end in .old
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     if folder.exists():
-        os.replace(folder, aside)
+        os.replace(folder, aside / folder.name)
     os.replace(beside, folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside)
 
 
 def check_replaceable(folder: Path, ours: str) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from stepladder.backbones.base import Backbone
@@ -20,6 +23,7 @@ from stepladder.errors import UserError
 from stepladder.fingerprint import fingerprint
 from stepladder.images import png_bytes, save_video
 from stepladder.ladder import full_resolution
+from stepladder.precision import pick_device
 from stepladder.progress import console, progress_bar
 from stepladder.roles import Role
 from stepladder.samplers import Sampler, sample_many
@@ -121,11 +125,16 @@ def _claim(folder: Path, backbone: Backbone, prompts: Sequence[str], wanted: Syn
         "count": len(prompts),
     }
     path = folder / FACTS_FILE
+    others = [entry for entry in folder.iterdir() if not entry.name.startswith(FACTS_FILE)] if folder.is_dir() else []
+    if not path.exists() and (others or (folder.exists() and not folder.is_dir())):
+        raise UserError(f"{folder} is not empty and holds no synthesis; choose another folder")
     if not path.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is not empty and holds no synthesis; choose another folder")
-        write_text(path, json.dumps(own, indent=2))
-        return
+        # processes that start together each write the same beside, under names of their own, and the first to link it wins
+        mine = path.with_name(f"{FACTS_FILE}.{os.getpid()}.{threading.get_ident()}")
+        write_text(mine, json.dumps(own, indent=2))
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, path)
+        mine.unlink()
     found = json.loads(path.read_text(encoding="utf-8"))
     for key, value in own.items():
         if found.get(key) != value:
@@ -135,3 +144,9 @@ def _claim(folder: Path, backbone: Backbone, prompts: Sequence[str], wanted: Syn
 def process_share() -> tuple[int, int]:
     """Rank and world size as torchrun sets them; 0 and 1 without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def process_device(choice: str) -> torch.device:
+    """The recipe's device; of several cards, the one that torchrun gives this process."""
+    device = pick_device(choice)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device == torch.device("cuda") else device

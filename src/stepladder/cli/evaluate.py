@@ -26,7 +26,7 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
-    """Measure prompt accuracy, FID, diversity and time on held-out captions of the embedded world.
+    """Measure prompt accuracy, FID, diversity and time on held-out captions of the bundled world.
 
     Example: stepladder evaluate runs/rmd --count 512 --json
     """
@@ -36,7 +36,7 @@ def command(
         raise UserError("evaluate reads images with the world's judge, which knows the bundled teacher's pictures only")
     figures, images, _ = examine_all(student.samplers(teacher_steps), student.backbone, count, seed)
     target = run / "evaluation"
-    write_text(target / "metrics.json", json.dumps({"samplers": figures}, indent=2))
+    write_text(target / "metrics.json", json.dumps({"updates": student.card["updates"], "samplers": figures}, indent=2))
     save_grid(torch.cat([each[:8] for each in images.values()]), target / "samples.png", columns=8)
     if as_json:
         typer.echo(json.dumps({"samplers": figures}, indent=2))

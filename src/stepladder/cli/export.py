@@ -26,7 +26,7 @@ def command(
     """Export the averaged student of a run's newest checkpoint: weights and ladder.
 
     diffusers: LoRA (or the whole network) and a scheduler configuration, also what `generate` loads. comfyui: one LoRA file.
-    merged: a complete pipeline folder. What `evaluate` measured before goes into the card.
+    merged: a complete pipeline folder. What `evaluate` measured of this student goes into the card.
 
     Example: stepladder export runs/rmd --format comfyui
     """
@@ -37,7 +37,9 @@ def command(
     loaded = Run.start(recipe, load_model(recipe))
     loaded.restore(state, path)
     measured = run / "evaluation" / "metrics.json"
-    figures = read_json(measured)["samplers"] if measured.exists() else None
+    found = read_json(measured) if measured.exists() else {}
+    # what was measured of an earlier student is not this one's
+    figures = found["samplers"] if found.get("updates") == loaded.update else None
     student = export_run(loaded, out if out is not None and format == "diffusers" else run / "student", figures)
     target = student if format == "diffusers" else out or run / format
     if format == "comfyui":

@@ -9,6 +9,7 @@ import torch
 import typer
 
 from stepladder.data.prompts import encode_prompts, read_prompts
+from stepladder.distillation import teacher_steps_of
 from stepladder.errors import UserError
 from stepladder.export import load_student, student_folder
 from stepladder.images import grid, save_image, save_video
@@ -26,7 +27,7 @@ def command(
     negative_prompt: Annotated[str, typer.Option(help="what the teacher's guidance leads away from")] = "",
     seed: Annotated[int, typer.Option(help="seed of the first image; the next ones count up")] = 0,
     count: Annotated[int, typer.Option(min=1, help="pictures a prompt")] = 1,
-    teacher_steps: Annotated[int, typer.Option(min=1, help="steps of the teacher")] = 28,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="steps of the teacher; its usual number by default")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Draw images as PNG, or videos as mp4.
@@ -39,7 +40,7 @@ def command(
     where = pick_device(device)
     student = load_student(student_folder(run), sampler != "student", device, dtype=weight_dtype("auto", where))
     names = {"student": [student.card["method"]], "teacher": ["teacher"], "both": ["teacher", student.card["method"]]}[sampler]
-    samplers = student.samplers(teacher_steps)
+    samplers = student.samplers(teacher_steps or teacher_steps_of(student.backbone))
     size = student.backbone.pixel_size(student.ladder.size)
     conditioning = encode_prompts(student.backbone, texts, size).to(where)
     unconditional = student.backbone.unconditional(negative_prompt, size)

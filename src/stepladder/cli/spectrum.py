@@ -93,6 +93,7 @@ def _measure(
             "sizes": [list(backbone.pixel_size(size)) for size in distinct],
             "timesteps": [round(t, 1) for t in timesteps],
             "allocation": [sum(step.size == size for step in steps) for size in distinct],
+            "shift": recipe.ladder.shift,
         },
     }
     return result, steps

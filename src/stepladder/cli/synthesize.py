@@ -10,9 +10,8 @@ import typer
 from stepladder.data.prompts import read_prompts
 from stepladder.distillation import load_model, teacher_steps_of
 from stepladder.errors import UserError
-from stepladder.precision import pick_device
 from stepladder.progress import console
-from stepladder.synthesis import Synthesis, process_share, synthesize
+from stepladder.synthesis import Synthesis, process_device, process_share, synthesize
 from stepladder.training.recipe import load_recipe
 
 
@@ -39,7 +38,7 @@ def command(
         raise UserError("no folder for the shards: give one with --out, or set data.images in the recipe")
     texts = read_prompts(source)[:count]
     backbone = load_model(loaded)
-    backbone.to(pick_device(loaded.training.device))
+    backbone.to(process_device(loaded.training.device))
     size, guidance = loaded.ladder.sizes[-1], loaded.method_config().guidance_scale
     wanted = Synthesis(steps or teacher_steps_of(backbone), guidance, tuple(size), seed, shard_size, loaded.data.negative_prompt)
     drawn = synthesize(backbone, texts, folder, wanted, batch, loaded.training.precision, *process_share())

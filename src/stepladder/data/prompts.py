@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -25,7 +26,7 @@ def read_prompts(path: Path) -> list[str]:
         UserError: the file is missing, binary, empty or has no such column.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read prompts from {path} ({error.strerror}); set data.prompts to a text file") from error
     except UnicodeDecodeError as error:
@@ -33,7 +34,7 @@ def read_prompts(path: Path) -> list[str]:
     if "\0" in text:
         raise UserError(f"{path} is not text; data.prompts takes UTF-8 text with one prompt a line, JSONL or CSV")
     kinds = {".jsonl": _from_jsonl, ".csv": _from_csv}
-    prompts = [line.strip() for line in kinds.get(path.suffix.lower(), _from_text)(text, path) if line.strip()]
+    prompts = [" ".join(line.split()) for line in kinds.get(path.suffix.lower(), _from_text)(text, path) if line.strip()]
     if not prompts:
         raise UserError(f"{path} holds no prompts; write one a line")
     return prompts
@@ -53,8 +54,11 @@ def _from_jsonl(text: str, path: Path) -> Iterator[str]:
 
 
 def _from_csv(text: str, path: Path) -> Iterator[str]:
-    for row in csv.DictReader(text.splitlines()):
-        yield _pick(row, path)
+    try:
+        for row in csv.DictReader(io.StringIO(text, newline="")):
+            yield _pick(row, path)
+    except csv.Error as error:
+        raise UserError(f"{path} is not a CSV table ({error}); mend it, or give one prompt a line in a .txt") from error
 
 
 def _pick(row: object, path: Path) -> str:

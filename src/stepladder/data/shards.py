@@ -77,7 +77,9 @@ def _read_index(path: Path) -> list[Entry]:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                stem, _, kind = member.name.partition(".")
+                folder, slash, name = member.name.removeprefix("./").rpartition("/")
+                stem, _, kind = name.partition(".")
+                stem = folder + slash + stem
                 if kind in PICTURES + VIDEOS:
                     pictures[stem] = (member.offset_data, member.size, kind)
                 elif kind == "txt":

@@ -21,9 +21,10 @@ from stepladder.conditioning import Conditioning
 from stepladder.distillation import BUNDLED_STEPS, load_model
 from stepladder.evaluation.metrics import prompt_accuracy
 from stepladder.evaluation.world import Exam, examine, measure, set_exam
+from stepladder.fingerprint import fingerprint
 from stepladder.images import grid, save_image
 from stepladder.ladder import Ladder, full_resolution
-from stepladder.precision import autocast, describe, synchronize
+from stepladder.precision import autocast, describe, pick_device, synchronize
 from stepladder.prediction import Prediction
 from stepladder.progress import console
 from stepladder.renoise import combine, gaussian
@@ -42,6 +43,7 @@ from stepladder.world.judge import Judge, load_judge, train_judge
 from stepladder.world.paths import BUNDLED
 from stepladder.world.render import render
 from stepladder.world.scenes import draw_scenes
+from stepladder.world.teach import remember
 
 BASE = BUNDLED.parent / "rmd.yaml"
 PROMPTS, IMAGES = 4000, 1024
@@ -67,7 +69,14 @@ class Bench:
     @cached_property
     def backbone(self) -> Backbone:
         """The bundled teacher, with its text encoders and VAE."""
-        return load_model(self.recipe(Row("base"), 0, 1))
+        backbone = load_model(self.recipe(Row("base"), 0, 1))
+        backbone.to(pick_device("auto"))
+        return backbone
+
+    @cached_property
+    def teacher(self) -> str:
+        """What all figures are of."""
+        return fingerprint(self.backbone.network)
 
     @cached_property
     def prompts(self) -> Path:
@@ -132,7 +141,8 @@ class Bench:
 
     def run_folder(self, row: Row, recipe: Recipe) -> Path:
         """Where a row is trained; rows that differ in length only are one run."""
-        return self.folder / "runs" / self.course(row, recipe)
+        length = f"of-{self.updates}" if self.updates is not None else ""
+        return self.folder / "runs" / length / self.course(row, recipe)
 
 
 def run_row(bench: Bench, study: Study, row: Row, seed: int) -> dict[str, Any]:
@@ -201,9 +211,10 @@ def _finish_noised(bench: Bench, row: Row, seed: int) -> tuple[dict[str, Any], T
     backbone, exam = bench.backbone, bench.exam(seed)
     pixels = backbone.default_size
     draw = torch.Generator().manual_seed(seed + 2)
-    renders = render(exam.scenes, (pixels[-2], pixels[-1]), draw)
+    device = exam.unconditional.like.device
+    renders = render(exam.scenes, (pixels[-2], pixels[-1]), draw).to(device)
     full, half = backbone.latent_size(pixels), backbone.latent_size(tuple(side // 2 for side in pixels))
-    clock = torch.tensor(row.timestep)
+    clock = torch.tensor(row.timestep, device=device)
     after = [t for t in backbone.teacher_timesteps(BUNDLED_STEPS) if t < row.timestep]
     ladder = full_resolution([row.timestep, *after], full)
     guidance = bench.recipe(row, seed, 1).method_config().guidance_scale
@@ -222,7 +233,7 @@ def _finish_noised(bench: Bench, row: Row, seed: int) -> tuple[dict[str, Any], T
         conditioning, empty = exam.conditioning.rows(rows), exam.unconditional.expand(len(x))
         latents = _draw_on(teacher, ladder, guidance, x, conditioning, empty, backbone)
         parts.append(backbone.decode(latents))
-    images = torch.cat(parts)
+    images = torch.cat(parts).cpu()
     return {**measure(images, exam), "nfe": 2 * len(ladder.steps)}, images
 
 
@@ -268,6 +279,7 @@ def judge_claim(claim: Claim, rows: dict[str, list[dict[str, Any]]]) -> dict[str
     difference = sign * (statistics.mean(better) - statistics.mean(worse))
     spread = sum(statistics.variance(values) / len(values) for values in (better, worse)) ** 0.5 if len(better) > 1 else 0.0
     verdict = "holds" if difference > 2 * spread else "does not hold" if difference < -2 * spread else "not told apart"
+    verdict = verdict if len(better) > 1 else "one seed tells nothing"
     return {**asdict(claim), "difference": difference, "standard_error": spread, "verdict": verdict}
 
 
@@ -294,6 +306,7 @@ def reproduce(
     Figures that the file holds already for the very same recipe, seed and captions are taken from it.
     """
     path = out / f"{name}.json"
+    remember(bench.folder / "work.json", {"teacher": bench.teacher})
     _adopt(bench, path)
     rows: dict[str, list[dict[str, Any]]] = {row.name: [] for row in study.rows}
     for seed in seeds:
@@ -322,14 +335,21 @@ def _result(
         "source": study.source,
         "note": study.note,
         "command": command,
-        "machine": describe(torch.device("cpu")),
+        "teacher": bench.teacher,
+        "machine": describe(pick_device("auto")),
         "seeds": list(seeds),
         "captions_a_seed": bench.count,
         "updates": bench.updates or study.updates,
         "batch_size": BATCH,
         "seconds": sum(run["seconds"] for run in done),
         "rows": [
-            {"name": row.name, "series": row.series, "after": row.updates, **summary(rows[row.name]), "runs": rows[row.name]}
+            {
+                "name": row.name,
+                "series": row.series,
+                "after": bench.length(row, study),
+                **summary(rows[row.name]),
+                "runs": rows[row.name],
+            }
             for row in study.rows
         ],
         "drawn": list(study.drawn),
@@ -339,8 +359,9 @@ def _result(
 
 def _adopt(bench: Bench, path: Path) -> None:
     """Let a study's earlier file stand for the work folder it was made in."""
-    if path.exists():
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if found.get("teacher") == bench.teacher:
+        for row in found["rows"]:
             for run in row["runs"]:
                 target = bench.folder / "figures" / f"{run['key']}.json"
                 if not target.exists():

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -81,14 +82,14 @@ def teach(folder: Path, out: Path, lessons: Lessons, seed: int) -> None:
     replace_folder(beside, out, OURS)
 
 
-def remember(path: Path, facts: dict[str, int]) -> None:
-    """Write down what a folder of checkpoints is for, and refuse to use it for something else.
+def remember(path: Path, facts: dict[str, Any]) -> None:
+    """Write down what a folder of work is for, and refuse to use it for something else.
 
     Raises:
-        UserError: the folder was begun with other lessons or another seed.
+        UserError: the folder was begun for something else.
     """
     if path.exists() and json.loads(path.read_text(encoding="utf-8")) != facts:
-        raise UserError(f"{path.parent} was begun with other numbers ({path}); use those or another --work folder")
+        raise UserError(f"{path.parent} was begun with something else ({path}); use that or another --work folder")
     write_text(path, json.dumps(facts))
 
 
