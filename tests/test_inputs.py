@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from conftest import tiny_recipe
 from stepladder.backbones import load_backbone, releases, sketch_backbone
+from stepladder.backbones.loading import locate
 from stepladder.backbones.sd3 import SD3
 from stepladder.cli.main import _register, app, main
 from stepladder.data.prompts import PromptCache, read_prompts
@@ -323,3 +324,11 @@ def test_a_dry_run_names_terms_missing_weights_and_what_only_a_ladder_shows():
     one_step = ["ladder.preset=null", "ladder.sizes=[[1024,1024]]", "ladder.steps=1", "method.rl.algorithm=grpo"]
     with pytest.raises(UserError, match="at least two steps"):
         dry_run(load_recipe(RECIPES / "dmdr-sdxl.yaml", one_step))
+
+
+def test_a_model_in_one_file_is_told_where_it_belongs(tmp_path):
+    (tmp_path / "tune.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"name it as model\.weights beside its base"):
+        locate(tmp_path / "tune.safetensors")
+    with pytest.raises(UserError, match="nothing of that name"):
+        locate(tmp_path / "tune")

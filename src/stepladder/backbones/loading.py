@@ -126,7 +126,13 @@ def locate(path: str | Path) -> Path:
     folder = Path(path)
     if folder.is_dir() or not is_hub_id(str(path)):
         if not (folder / "model_index.json").is_file():
-            raise UserError(f"{path} is no diffusers pipeline (it has no model_index.json); point at a pipeline's folder")
+            if folder.is_file():
+                raise UserError(
+                    f"{path} is one file and no pipeline's folder: name it as model.weights beside its base, or make a folder "
+                    "of it with diffusers' from_single_file and save_pretrained"
+                )
+            why = "it has no model_index.json" if folder.exists() else "there is nothing of that name"
+            raise UserError(f"{path} is no diffusers pipeline ({why}); point at a pipeline's folder")
         return folder
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*/*.json"]))

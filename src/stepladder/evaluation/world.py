@@ -1,4 +1,4 @@
-"""Evaluation on the embedded world: held-out captions, the judge, and every sampler under the same seeds."""
+"""Evaluation on the bundled world: held-out captions, the judge, and every sampler under the same seeds."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The embedded world: scenes that can be drawn, described and judged exactly."""
+"""The bundled world: scenes that can be drawn, described and judged exactly."""
