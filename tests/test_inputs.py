@@ -114,7 +114,7 @@ def test_prompt_files_of_every_kind(tmp_path):
 def test_every_prompt_is_seen_once_an_epoch():
     backbone = SD3.tiny()
     cache = PromptCache(backbone.encode(["a", "b", "c", "d"]), backbone.unconditional(), seed=3)
-    rows = [cache.batch(update, 2).tensors["pooled_projections"] for update in range(4)]
+    rows = [cache.conditioning.rows(cache.rows(update, 2)).tensors["pooled_projections"] for update in range(4)]
     for epoch in (rows[:2], rows[2:]):
         seen = sorted(tuple(row.tolist()) for part in epoch for row in part)
         assert seen == sorted(tuple(row.tolist()) for row in cache.conditioning.tensors["pooled_projections"])

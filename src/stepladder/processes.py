@@ -202,7 +202,7 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
 
 
 def predict_from_velocity(x: Tensor, velocity: Tensor, sigma: Tensor) -> Prediction:
-    """A flow network outputs v = eps - x0: x0 = x - sigma v, eps = x + (1 - sigma) v (notes.md section 1)."""
+    """A flow network outputs v = eps - x0: x0 = x - sigma v, eps = x + (1 - sigma) v."""
     s = spread(sigma, x)
     return Prediction(x - s * velocity, x + (1 - s) * velocity)
 

@@ -40,7 +40,7 @@ def shrink(images: Tensor, size: tuple[int, ...]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def noise_gain(before: tuple[int, ...], after: tuple[int, ...], mode: ResampleMode = "bilinear") -> float:
-    """Mean variance of U(eps) for white eps of variance 1 (notes.md section 3, 8: 0.39 for bilinear at factor 2).
+    """Mean variance of U(eps) for white eps of variance 1 (0.39 for bilinear at factor 2).
 
     The kernels are separable, so the gain is a product over axes of the mean squared row norm of the 1-D operator.
     """

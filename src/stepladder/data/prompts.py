@@ -103,10 +103,6 @@ class PromptCache:
         count = len(self.conditioning)
         return [self._order(place // count)[place % count] for place in range(number * size, (number + 1) * size)]
 
-    def batch(self, number: int, size: int) -> Conditioning:
-        """The prompts of one batch."""
-        return self.conditioning.rows(self.rows(number, size))
-
     def _order(self, epoch: int) -> list[int]:
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -49,7 +49,7 @@ class RLTerm(BaseModel):
         description="grpo: share of predicted noise kept at each step, the rest is fresh; by default as the method samples, or 0.7 "
         "where it samples without fresh noise",
     )
-    clip: float = Field(0.2, gt=0, description="grpo: how far the ratio of probabilities may leave 1")
+    clip: float = Field(0.2, gt=0, description="grpo: how far the ratio of probabilities may leave 1, where samples are used again")
     decoder: str | None = Field(
         None, description="folder of a tiny VAE (AutoencoderTiny) to decode with; the model's own by default"
     )
@@ -111,7 +111,8 @@ def grpo_term(term: RLTerm, ground: Ground, score: Score, mode: ResampleMode, wi
 
     A step's state is N(alpha_t U(x0) + sigma_t m U(eps), sigma_t² (1 - m²)), m being `exploration`: the sampler's renoise, so
     its log-probability is exact. The last step has no noise and so no probability: its reward reaches the steps before it. One
-    of those is taken for the batch.
+    of those is taken for the batch. Every sample is learned from once, by the weights that drew it: the ratio is 1, its gradient
+    the policy gradient, and `clip` idle.
 
     Args:
         within: share of predicted noise that the method's own sampler keeps within a resolution.

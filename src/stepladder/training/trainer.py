@@ -352,7 +352,7 @@ def sample_grid(run: Run, path: Path) -> None:
 
 
 def train(run: Run, folder: Path) -> None:
-    """Train to the recipe's last update, writing metrics, grids and checkpoints; then leave the averaged student.
+    """Train to the recipe's last update, writing metrics, grids and checkpoints; the averaged student is in `run.average`.
 
     Raises:
         UserError: the loss is not finite, or the disk is full; checkpoints written before stay.
