@@ -111,6 +111,17 @@ def test_prompt_files_of_every_kind(tmp_path):
         assert read_prompts(path) == ["one", "two"]
 
 
+def test_prompt_files_as_spreadsheets_write_them(tmp_path):
+    """With a byte order mark, and with a line break inside a cell."""
+    for name, content in (("a.csv", '\ufeffprompt,n\r\n"a red\r\ncircle",1\r\n'), ("a.txt", "\ufeffa red circle\n")):
+        path = tmp_path / name
+        path.write_bytes(content.encode("utf-8"))
+        assert read_prompts(path) == ["a red circle"]
+    (tmp_path / "long.csv").write_text("prompt\n" + "a" * 200_000 + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="is not a CSV table"):
+        read_prompts(tmp_path / "long.csv")
+
+
 def test_every_prompt_is_seen_once_an_epoch():
     backbone = SD3.tiny()
     cache = PromptCache(backbone.encode(["a", "b", "c", "d"]), backbone.unconditional(), seed=3)

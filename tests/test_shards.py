@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
+import threading
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from stepladder.data.shards import ImageShards, write_shard
 from stepladder.errors import UserError
 from stepladder.images import png_bytes
 from stepladder.resample import shrink
-from stepladder.synthesis import Synthesis, synthesize
+from stepladder.synthesis import FACTS_FILE, Synthesis, _claim, process_device, synthesize
 from stepladder.training.trainer import Run, latest_state, train
 
 PROMPTS = ["a red circle", "a blue square", "a green star", "a ring", "a cross"]
@@ -163,3 +165,42 @@ def test_a_run_on_images_resumes_bit_for_bit_head_and_all_and_refuses_other_imag
     other = some_shards(backbone.tiny(), tmp_path / "b", count=4)
     with pytest.raises(UserError, match=r"another (prompts|images)"):
         start(other, 4).restore(*latest_state(tmp_path / "parts"))
+
+
+def test_processes_that_start_together_agree_on_the_folder(tmp_path):
+    backbone, failed = backbones()["sd3"].tiny(), []
+
+    def claim():
+        try:
+            _claim(tmp_path / "images", backbone, PROMPTS, WANTED)
+        except UserError as error:
+            failed.append(error)
+
+    for _ in range(20):
+        shutil.rmtree(tmp_path / "images", ignore_errors=True)
+        threads = [threading.Thread(target=claim) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [path.name for path in (tmp_path / "images").iterdir()] == [FACTS_FILE]
+    assert not failed
+
+
+def test_each_process_takes_the_card_that_torchrun_gives_it(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr("stepladder.synthesis.pick_device", lambda choice: torch.device(choice))
+    assert process_device("cuda") == torch.device("cuda", 3)
+    assert process_device("cuda:1") == torch.device("cuda", 1)
+    assert process_device("cpu") == torch.device("cpu")
+
+
+def test_shards_of_tar_with_a_leading_dot_are_read(tmp_path):
+    some = some_shards(backbones()["sd3"].tiny(), tmp_path / "made")
+    (tmp_path / "dotted").mkdir()
+    with tarfile.open(next(some.glob("*.tar"))) as source, tarfile.open(tmp_path / "dotted" / "0.tar", "w") as target:
+        for member in source:
+            content = source.extractfile(member)
+            member.name = f"./{member.name}"
+            target.addfile(member, content)
+    assert ImageShards(tmp_path / "dotted").prompts == ImageShards(some).prompts

@@ -202,9 +202,13 @@ def test_a_replaced_folder_is_whole(tmp_path):
     for folder, text in ((old, "old"), (new, "new")):
         folder.mkdir()
         (folder / "card").write_text(text, encoding="utf-8")
+    # somebody's own backup
+    (tmp_path / "student.old").mkdir()
+    (tmp_path / "student.old" / "card").write_text("kept", encoding="utf-8")
     replace_folder(new, old, "card")
     assert (old / "card").read_text(encoding="utf-8") == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    assert (tmp_path / "student.old" / "card").read_text(encoding="utf-8") == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["student", "student.old"]
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -36,10 +36,11 @@ def command(
         raise UserError("evaluate reads images with the world's judge, which knows the bundled teacher's pictures only")
     figures, images, _ = examine_all(student.samplers(teacher_steps), student.backbone, count, seed)
     target = run / "evaluation"
-    write_text(target / "metrics.json", json.dumps({"updates": student.card["updates"], "samplers": figures}, indent=2))
+    found = json.dumps({"updates": student.card["updates"], "samplers": figures}, indent=2)
+    write_text(target / "metrics.json", found)
     save_grid(torch.cat([each[:8] for each in images.values()]), target / "samples.png", columns=8)
     if as_json:
-        typer.echo(json.dumps({"samplers": figures}, indent=2))
+        typer.echo(found)
     else:
         Console().print(table(figures))
         Console().print(f"pictures and figures in {target}")

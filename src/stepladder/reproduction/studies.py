@@ -132,10 +132,10 @@ def _better(row: str, others: Sequence[str], *figures: str) -> tuple[Claim, ...]
 
 
 JUDGE = [{"name": "judge"}]
-DISTILLED, REWARDED, HACKED = 160, 200, 240
+DISTILLED, REWARDED, HACKED = 160, 200, 280
 # beside the distillation, weights of the running norms of gradients: ReFL's is nothing in most batches and a lot in those that miss
 # a shape; alone, of the losses, so that gradients are about as long
-BALANCED = {"refl": 100.0, "dpo": 10.0, "grpo": 10.0}
+BALANCED = {"refl": 30.0, "dpo": 3.0, "grpo": 10.0}
 RAW = {"refl": 1.0, "dpo": 0.1, "grpo": 100.0}
 
 
@@ -146,7 +146,7 @@ def _over(row: Row, *updates: int) -> tuple[Row, ...]:
 
 def _rewarded(algorithm: str, alone: bool = False) -> dict[str, Any]:
     weight = (RAW if alone else BALANCED)[algorithm]
-    return {"rl": {"algorithm": algorithm, "rewards": JUDGE, "weight": weight, "alone": alone, "beta": 200.0}}
+    return {"rl": {"algorithm": algorithm, "rewards": JUDGE, "weight": weight, "alone": alone, "beta": 200.0, "group": 3}}
 
 
 # one leap, so that the student has far to go: in four full-size steps the untrained network, unguided, gets three captions of four
@@ -369,8 +369,9 @@ STUDIES = {
             *_better(RMD_RL["2+2"].name, (TEACHER.name, RMD.name, DMD2.name)),
             *_better(RMD_RL["2+1+1"].name, (TEACHER.name, LEAST.name, DMD2.name)),
         ),
-        REWARDED,
-        f"Rows without ReFL trained for {DISTILLED} updates, those with it go on from there to {REWARDED}.",
+        (REWARDED + HACKED) // 2,
+        f"Rows without ReFL trained for {DISTILLED} updates, those with it go on from there to {(REWARDED + HACKED) // 2}. The "
+        "reward is the bundled judge's; the other figures are a second one's, which no training saw.",
         unseen=True,
     ),
 }
