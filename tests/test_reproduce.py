@@ -12,7 +12,7 @@ from stepladder.errors import UserError
 from stepladder.methods import methods
 from stepladder.reporting.figures import curves_figure
 from stepladder.reporting.study import HEADINGS
-from stepladder.reproduction.runner import Bench, judge_claim, reproduce, run_row, sampler_of, summary
+from stepladder.reproduction.runner import Bench, _adopt, judge_claim, reproduce, run_row, sampler_of, summary
 from stepladder.reproduction.studies import STUDIES, TEACHER, Claim, Row, Study, rmd, swd
 from stepladder.training.trainer import latest_state
 
@@ -80,6 +80,7 @@ def test_claims_are_judged_by_twice_the_standard_error():
     assert judge_claim(Claim("b", "a"), rows)["verdict"] == "does not hold"
     assert judge_claim(Claim("a", "c"), rows)["verdict"] == "not told apart"
     assert judge_claim(Claim("a", "b", "fid"), rows)["verdict"] == "holds"
+    assert judge_claim(Claim("a", "b"), {name: found[:1] for name, found in rows.items()})["verdict"] == "one seed tells nothing"
     judged = judge_claim(Claim("a", "b"), rows)
     assert judged["difference"] == pytest.approx(0.1)
     assert judged["standard_error"] == pytest.approx((2 * 0.0001 / 3) ** 0.5)
@@ -97,6 +98,9 @@ def test_a_table_resumes_from_its_file_without_the_work_folder(bench, tmp_path):
     vars(elsewhere)["backbone"] = bench.backbone
     again = reproduce("t", study, elsewhere, [0, 1], tmp_path, "cmd", told.append)
     assert not (elsewhere.folder / "runs").exists()
+    vars(elsewhere)["teacher"] = "another"
+    with pytest.raises(UserError, match="begun with something else"):
+        reproduce("t", study, elsewhere, [0], tmp_path, "cmd", told.append)
     assert [row["runs"] for row in again["rows"]] == [row["runs"] for row in first["rows"]]
 
 
@@ -179,3 +183,27 @@ def test_the_course_over_updates_is_drawn(tmp_path):
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [0.7, 0.5])
     level = next(line for line in drawn.axes[0].lines if line.get_linestyle() == ":")
     assert set(level.get_ydata()) == {0.5}
+
+
+def test_figures_of_another_teacher_are_not_taken(bench, tmp_path):
+    naive = Row("naive", kind="naive")
+    study = Study("t", "s", (naive,), (), 1)
+    reproduce("t", study, bench, [0], tmp_path / "out", "cmd", lambda words: None)
+    path = tmp_path / "out" / "t.json"
+    key = json.loads(path.read_text())["rows"][0]["runs"][0]["key"]
+    for teacher, adopted in ((bench.teacher, True), ("another", False)):
+        found = json.loads(path.read_text()) | {"teacher": teacher}
+        path.write_text(json.dumps(found))
+        elsewhere = Bench(tmp_path / teacher, 16, 1)
+        vars(elsewhere)["backbone"] = bench.backbone
+        _adopt(elsewhere, path)
+        assert (elsewhere.folder / "figures" / f"{key}.json").exists() == adopted
+
+
+def test_a_number_of_updates_for_all_rows_has_runs_of_its_own(bench):
+    row = Row("a", rmd(), updates=60)
+    study = Study("t", "s", (row,), (), 60)
+    own = Bench(bench.folder, 16)
+    assert (own.length(row, study), bench.length(row, study)) == (60, 1)
+    recipe = own.recipe(row, 0, 60)
+    assert own.run_folder(row, recipe) != bench.run_folder(row, recipe)
