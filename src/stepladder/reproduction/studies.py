@@ -338,7 +338,7 @@ STUDIES = {
         (
             TEACHER,
             INIT,
-            *(row for base in (ALONE["refl"], BOTH["refl"]) for row in _over(base, REWARDED, (REWARDED + HACKED) // 2, HACKED)),
+            *(row for base in (ALONE["refl"], BOTH["refl"]) for row in _over(base, REWARDED, HACKED)),
         ),
         (
             *_better(f"{ALONE['refl'].name}, {HACKED} updates", (INIT.name,), "reward"),
