@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Run:
     generator: torch.Generator
     device: torch.device
     base: str
-    norms: Tensor
+    norms: Tensor = field(default_factory=lambda: torch.zeros(2))
     update: int = 0
 
     @classmethod
@@ -109,10 +109,7 @@ class Run:
         }
         average = {name: parameter.detach().clone() for name, parameter in roles.parameters(STUDENT).items()}
         generator = torch.Generator().manual_seed(training.seed)
-        means = torch.zeros(2)
-        return cls(
-            recipe, backbone, roles, method, ladder, prompts, images, rewarder, optimizers, average, generator, device, base, means
-        )
+        return cls(recipe, backbone, roles, method, ladder, prompts, images, rewarder, optimizers, average, generator, device, base)
 
     def batch(self, number: int) -> Batch:
         """The prompts of a batch and, where the run has images, what belongs to them."""
